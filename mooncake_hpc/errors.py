@@ -1,0 +1,68 @@
+"""Every exception that mooncake_hpc raises on purpose.
+
+    MooncakeError
+    ├── ConfigError (ValueError)          a flag, variable or argument that cannot be
+    ├── MetadataError
+    │   ├── MetadataUnavailable (ConnectionError)   the store does not answer
+    │   ├── SegmentNotFound (LookupError)           nobody has this name
+    │   └── NameInUse                               a living process holds this name
+    ├── RegistrationError (ValueError)    memory that cannot be registered, or is not
+    ├── WorkerError                       a worker process failed and could not be replaced
+    └── TransferError
+        ├── AddressRejected (ValueError)  an address outside the peer's (or our own) registered buffers
+        ├── PeerLost (ConnectionError)    the peer died, restarted or cannot be reached
+        ├── TransferTimeout (TimeoutError)
+        └── TransferCancelled
+"""
+
+
+class MooncakeError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigError(MooncakeError, ValueError):
+    """A flag, variable or argument has an impossible value; the text says which and what is accepted."""
+
+
+class MetadataError(MooncakeError):
+    """The metadata store refused or failed."""
+
+
+class MetadataUnavailable(MetadataError, ConnectionError):
+    """The metadata store does not answer within its deadline."""
+
+
+class SegmentNotFound(MetadataError, LookupError):
+    """No segment of this name is published."""
+
+
+class NameInUse(MetadataError):
+    """A living process already publishes a segment of this name."""
+
+
+class RegistrationError(MooncakeError, ValueError):
+    """Memory that cannot be registered, or that is not registered."""
+
+
+class WorkerError(MooncakeError):
+    """A worker process failed and could not be replaced."""
+
+
+class TransferError(MooncakeError):
+    """A batch or a request failed; the text names peer, segment, address and cause."""
+
+
+class AddressRejected(TransferError, ValueError):
+    """An address range that lies in no single registered buffer, or is read-only."""
+
+
+class PeerLost(TransferError, ConnectionError):
+    """The peer died, restarted or cannot be reached."""
+
+
+class TransferTimeout(TransferError, TimeoutError):
+    """A deadline passed; a batch whose wait timed out is still running."""
+
+
+class TransferCancelled(TransferError):
+    """The batch was cancelled by its owner."""

@@ -1,0 +1,158 @@
+"""What numba lacks: memory at an address, atomics, and libc's calls, all usable in cached nogil kernels.
+
+Addresses are int64 everywhere. libc is reached by symbol (`types.ExternalFunction`): a function reached through a
+ctypes object would forbid numba's cache, and an uncached kernel costs seconds a process.
+"""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+I64, I32, I8 = ir.IntType(64), ir.IntType(32), ir.IntType(8)
+ARCH = platform.machine()
+SYS_FUTEX = {"x86_64": 202, "aarch64": 98}.get(ARCH, 98)
+FUTEX_WAIT, FUTEX_WAKE = 0, 1  # without FUTEX_PRIVATE_FLAG: words may be shared by processes
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """`njit(nogil=True, cache=True)`; where no folder for the cache can be written, without the cache."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError as error:  # "cannot cache function ...: no locator available"
+        warnings.warn(f"numba kernels are compiled anew in this process: {error}", stacklevel=2)
+        return njit(nogil=True)(function)
+
+
+def _pointer(builder: Any, address: Any, bits: Any) -> Any:
+    return builder.inttoptr(address, bits.as_pointer())  # typed: llvmlite's store_atomic needs .pointee
+
+
+@intrinsic
+def load(typingctx, address):
+    """The int64 at `address`, acquire."""
+    def gen(ctx, b, sig, args):
+        return b.load_atomic(_pointer(b, args[0], I64), "acquire", 8)
+    return types.int64(types.int64), gen
+
+
+@intrinsic
+def store(typingctx, address, value):
+    """Write the int64 at `address`, release."""
+    def gen(ctx, b, sig, args):
+        b.store_atomic(args[1], _pointer(b, args[0], I64), "release", 8)
+        return ctx.get_dummy_value()
+    return types.void(types.int64, types.int64), gen
+
+
+@intrinsic
+def get(typingctx, address):
+    """The int64 at `address`, plain."""
+    def gen(ctx, b, sig, args):
+        return b.load(_pointer(b, args[0], I64))
+    return types.int64(types.int64), gen
+
+
+@intrinsic
+def put(typingctx, address, value):
+    """Write the int64 at `address`, plain."""
+    def gen(ctx, b, sig, args):
+        b.store(args[1], _pointer(b, args[0], I64))
+        return ctx.get_dummy_value()
+    return types.void(types.int64, types.int64), gen
+
+
+@intrinsic
+def get_byte(typingctx, address):
+    """The byte at `address` as int64, 0 to 255."""
+    def gen(ctx, b, sig, args):
+        return b.zext(b.load(_pointer(b, args[0], I8)), I64)
+    return types.int64(types.int64), gen
+
+
+@intrinsic
+def fetch_add(typingctx, address, value):
+    """Add atomically to the int64 at `address`; the value before."""
+    def gen(ctx, b, sig, args):
+        return b.atomic_rmw("add", _pointer(b, args[0], I64), args[1], "seq_cst")
+    return types.int64(types.int64, types.int64), gen
+
+
+@intrinsic
+def compare_exchange(typingctx, address, old, new):
+    """Replace `old` by `new` atomically; the value found, which equals `old` when it happened."""
+    def gen(ctx, b, sig, args):
+        pair = b.cmpxchg(_pointer(b, args[0], I64), args[1], args[2], "seq_cst", "acquire")
+        return b.extract_value(pair, 0)
+    return types.int64(types.int64, types.int64, types.int64), gen
+
+
+@intrinsic
+def fence(typingctx):
+    """Full barrier: no later load passes an earlier store."""
+    def gen(ctx, b, sig, args):
+        b.fence("seq_cst")
+        return ctx.get_dummy_value()
+    return types.void(), gen
+
+
+@intrinsic
+def pause(typingctx):
+    """The processor's hint for spin loops. An LLVM intrinsic, as numba starts no assembler."""
+    def gen(ctx, b, sig, args):
+        names = {"x86_64": ("llvm.x86.sse2.pause", []), "aarch64": ("llvm.aarch64.isb", [I32(15)])}
+        if ARCH in names:
+            name, ops = names[ARCH]
+            kind = ir.FunctionType(ir.VoidType(), [o.type for o in ops])
+            b.call(cgutils.get_or_insert_function(b.module, kind, name), ops)
+        return ctx.get_dummy_value()
+    return types.void(), gen
+
+
+@intrinsic
+def copy(typingctx, destination, source, length):
+    """memmove(destination, source, length)."""
+    def gen(ctx, b, sig, args):
+        cgutils.raw_memmove(b, _pointer(b, args[0], I8), _pointer(b, args[1], I8), args[2], I64(1))
+        return ctx.get_dummy_value()
+    return types.void(types.int64, types.int64, types.int64), gen
+
+
+@intrinsic
+def address_of(typingctx, array):
+    """Address of element 0 of a C-contiguous array."""
+    def gen(ctx, b, sig, args):
+        return b.ptrtoint(ctx.make_array(sig.args[0])(ctx, b, args[0]).data, I64)
+    return types.int64(array), gen
+
+
+def _libc(name: str, *arguments: Any, result: Any = types.int64) -> Any:
+    return types.ExternalFunction(name, result(*arguments))
+
+
+_i64, _i32 = types.int64, types.int32
+syscall = _libc("syscall", *[_i64] * 7)
+send = _libc("send", _i32, _i64, _i64, _i32)
+recv = _libc("recv", _i32, _i64, _i64, _i32)
+sendmsg = _libc("sendmsg", _i32, _i64, _i32)
+recvmsg = _libc("recvmsg", _i32, _i64, _i32)
+ppoll = _libc("ppoll", _i64, _i64, _i64, _i64, result=_i32)
+write = _libc("write", _i32, _i64, _i64)
+clock_gettime = _libc("clock_gettime", _i32, _i64, result=_i32)
+
+
+@intrinsic
+def errno(typingctx):
+    """This thread's errno after a failed call."""
+    def gen(ctx, b, sig, args):
+        kind = ir.FunctionType(I8.as_pointer(), [])
+        where = b.call(cgutils.get_or_insert_function(b.module, kind, "__errno_location"), [])
+        return b.sext(b.load(b.bitcast(where, I32.as_pointer())), I64)
+    return types.int64(), gen
