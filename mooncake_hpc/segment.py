@@ -1,0 +1,83 @@
+"""What a node publishes about itself: segment and buffer descriptors, and their JSON in the original's schema.
+
+Fields of ours live under the one extra key `mooncake_hpc`; the original ignores keys that it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from mooncake_hpc.errors import MetadataError
+
+OURS = "mooncake_hpc"
+
+
+@dataclass(frozen=True, slots=True)
+class BufferDescriptor:
+    """A registered buffer: absolute address in its process, length in bytes, location name (`cpu:0`)."""
+
+    address: int
+    length: int
+    name: str
+    readonly: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentDescriptor:
+    """All that a peer needs to move bytes to and from a segment."""
+
+    name: str
+    buffers: tuple[BufferDescriptor, ...] = ()
+    tcp_data_host: str = ""
+    tcp_data_port: int = 0
+    tcp_proto_version: int = 1
+    generation: str = ""  # random a process; empty when the original published it
+    shm_socket: str = ""  # abstract Unix socket that hands out the memory files
+    extra: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def to_json(self) -> str:
+        """One line, sorted keys, newline at the end, as the original writes it."""
+        ours = {
+            "generation": self.generation,
+            "shm_socket": self.shm_socket,
+            "readonly": [i for i, b in enumerate(self.buffers) if b.readonly],
+        }
+        value = {
+            "buffers": [{"addr": b.address, "length": b.length, "name": b.name} for b in self.buffers],
+            "name": self.name,
+            "protocol": "tcp",
+            "rdma_server_name": "",
+            "tcp_data_host": self.tcp_data_host,
+            "tcp_data_port": self.tcp_data_port,
+            "tcp_proto_version": self.tcp_proto_version,
+            "timestamp": time.strftime("%Y-%m-%d %H:%M:%S"),
+            OURS: ours,
+        }
+        return json.dumps(value, sort_keys=True, separators=(",", ":")) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> SegmentDescriptor:
+        """Parse what anybody published. `where` names the source in the MetadataError of a malformed value."""
+        try:
+            value = json.loads(text)
+            ours = value.get(OURS) or {}
+            readonly = set(ours.get("readonly", ()))
+            buffers = tuple(
+                BufferDescriptor(int(b["addr"]), int(b["length"]), str(b.get("name", "")), i in readonly)
+                for i, b in enumerate(value.get("buffers") or ())
+            )
+            return cls(
+                name=str(value["name"]),
+                buffers=buffers,
+                tcp_data_host=str(value.get("tcp_data_host") or ""),
+                tcp_data_port=int(value.get("tcp_data_port") or 0),
+                tcp_proto_version=int(value.get("tcp_proto_version") or 1),
+                generation=str(ours.get("generation", "")),
+                shm_socket=str(ours.get("shm_socket", "")),
+                extra={k: v for k, v in value.items() if k in ("protocol", "devices", "priority_matrix")},
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MetadataError(f"{where} holds no segment descriptor: {error!r}") from error
