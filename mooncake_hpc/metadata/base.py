@@ -1,0 +1,53 @@
+"""The one interface to whatever holds segment metadata: a flat map of text keys to text values with leases."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Self
+
+
+class MetadataStore(ABC):
+    """Thread-safe. Every call ends within the store's deadline (`Settings.metadata_timeout`, seconds) or raises
+    MetadataUnavailable, which names the endpoints and the cause.
+
+    Published keys are *leased*: they vanish by themselves within `Settings.lease_ttl` seconds after this process
+    dies. The store keeps them alive in the background and, when the lease or the store's whole content was lost,
+    puts them back, except where somebody else's value stands in the key by then: that one is given up.
+    """
+
+    spec: str  # what the user named, for messages: "127.0.0.1:2379", "memory://test"
+
+    @abstractmethod
+    def get(self, key: str) -> str | None:
+        """The value, or None where the key is absent."""
+
+    @abstractmethod
+    def list(self, prefix: str) -> dict[str, str]:
+        """All keys that start with `prefix`, with their values."""
+
+    @abstractmethod
+    def publish(self, key: str, value: str) -> None:
+        """Put the leased value, over whatever is there; this process keeps it alive until `withdraw` or `close`.
+
+        MetadataError when the store refuses it (a value above its size limit: the text says the size and limit).
+        """
+
+    @abstractmethod
+    def withdraw(self, key: str) -> None:
+        """Stop keeping `key` alive and remove it if it still holds what this store published last."""
+
+    @property
+    @abstractmethod
+    def lost(self) -> frozenset[str]:
+        """Keys that were given up since another process's value stood in them after a lost lease."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Withdraw every published key, end all threads, close all connections. Idempotent; never raises."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
