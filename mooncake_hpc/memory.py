@@ -1,0 +1,187 @@
+"""Memory that can be registered: shared-memory files of our own, and a view of whatever the caller brings.
+
+A `MemoryFile` is a memfd: it has no name in /dev/shm, so nothing is left behind when its holders are killed.
+It is sealed against resizing, so that no holder can make another one die of SIGBUS (memfd_create(2)).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mooncake_hpc.errors import RegistrationError
+
+Bytes = npt.NDArray[np.uint8]
+
+SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+HOST_DEVICES = {1: "CPU", 3: "CUDA pinned host", 11: "ROCm pinned host"}  # DLDeviceType in dlpack.h
+
+
+class MemoryFile:
+    """`nbytes` bytes of zeroed shared memory in this process, which other processes map through `fd`.
+
+    Views of `array` keep the mapping alive: `close()` gives up this object's share of it, and the memory goes
+    back to the system with the last view and the last descriptor. A context manager.
+    """
+
+    def __init__(self, nbytes: int, name: str = "mooncake") -> None:
+        """Allocate; /proc/PID/maps shows `name`. Raises RegistrationError if the system has not as much."""
+        _check_size(nbytes)
+        self._fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self._fd, nbytes)
+            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, SIZE_SEALS | fcntl.F_SEAL_SEAL)
+            self._map(nbytes)
+        except (OSError, OverflowError, ValueError) as error:
+            self.close()
+            raise RegistrationError(f"cannot allocate {nbytes} bytes of shared memory: {error}") from error
+
+    @classmethod
+    def attach(cls, fd: int) -> MemoryFile:
+        """Map the memory file behind a received descriptor; the new object owns it, and a failure closes it.
+
+        Raises RegistrationError when `fd` is no memory file sealed against resizing, or cannot be mapped.
+        """
+        self = cls.__new__(cls)
+        self._fd = fd
+        try:
+            if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SIZE_SEALS != SIZE_SEALS:
+                raise OSError("it is not sealed against resizing")
+            self._map(os.fstat(fd).st_size)
+        except (OSError, OverflowError, ValueError) as error:
+            self.close()
+            raise RegistrationError(f"descriptor {fd} is no usable memory file: {error}") from error
+        return self
+
+    def _map(self, nbytes: int) -> None:
+        self._array: Bytes | None = np.frombuffer(mmap.mmap(self._fd, nbytes), np.uint8)
+        self.address = int(self._array.ctypes.data)
+        self.nbytes = nbytes
+
+    @property
+    def array(self) -> Bytes:
+        """All bytes, writable. Raises RegistrationError once closed."""
+        if self._array is None:
+            raise RegistrationError("this memory file is closed")
+        return self._array
+
+    @property
+    def fd(self) -> int:
+        """The descriptor to hand to other processes. Raises RegistrationError once closed."""
+        if self._fd < 0:
+            raise RegistrationError("this memory file is closed")
+        return self._fd
+
+    def close(self) -> None:
+        """Give up the descriptor and this object's share of the mapping. Idempotent; views stay valid."""
+        fd, self._fd, self._array = self._fd, -1, None
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> MemoryFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            self.close()
+
+
+def _check_size(nbytes: int) -> None:
+    if nbytes <= 0:
+        raise RegistrationError(f"cannot allocate {nbytes} bytes: the size must be above 0")
+    # ftruncate reserves nothing: too large a file would succeed here, and whoever touches it be killed
+    have = _system_memory()
+    if nbytes > have:
+        raise RegistrationError(f"cannot allocate {nbytes} bytes: memory and swap are {have} bytes")
+
+
+def _system_memory() -> int:
+    with open("/proc/meminfo") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return sum(int(fields[key].split()[0]) * 1024 for key in ("MemTotal", "SwapTotal"))
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryView:
+    """Where an object's bytes are. `owner` keeps them there for as long as it is held."""
+
+    address: int
+    nbytes: int
+    readonly: bool
+    owner: object
+
+
+def describe(obj: object) -> MemoryView:
+    """The bytes of anything with the buffer protocol, `__array_interface__`, or `__dlpack__` in host memory.
+
+    Raises RegistrationError when there are none, or they are not C-contiguous, or lie on a device, or hold
+    Python objects.
+    """
+    owner, array, readonly = _as_array(obj)
+    what = f"{type(obj).__module__}.{type(obj).__qualname__}"
+    if array.nbytes == 0:
+        raise RegistrationError(f"{what} is empty: there is nothing to register")
+    if array.dtype.hasobject:
+        raise RegistrationError(f"{what} holds Python objects: register arrays of plain numbers")
+    if not array.flags.c_contiguous:
+        raise RegistrationError(
+            f"{what} of shape {array.shape} is not C-contiguous: register the array that it is a view of, "
+            "or a contiguous copy (numpy.ascontiguousarray, tensor.contiguous())"
+        )
+    return MemoryView(int(array.ctypes.data), array.nbytes, readonly, owner)
+
+
+def _as_array(obj: Any) -> tuple[object, npt.NDArray[Any], bool]:
+    """What keeps the bytes of `obj` alive and in place, an array over them and if they are read-only."""
+    if isinstance(obj, np.ndarray):
+        return obj, obj, not obj.flags.writeable
+    try:
+        view = memoryview(obj)  # while it is held, a bytearray refuses to be resized and an mmap to be closed
+    except TypeError:
+        pass
+    else:
+        return view, np.asarray(view), view.readonly
+    if hasattr(obj, "__array_interface__"):
+        array = np.asarray(obj)
+        return (obj, array), array, not array.flags.writeable
+    if hasattr(obj, "__dlpack__"):
+        array = _from_dlpack(obj)
+        return (obj, array), array, _tells_readonly(obj) and not array.flags.writeable
+    hint = "; it lies on a GPU: copy it to host memory" if hasattr(obj, "__cuda_array_interface__") else ""
+    raise RegistrationError(
+        f"{type(obj)!r} has none of the buffer protocol, __array_interface__ and __dlpack__{hint}"
+    )
+
+
+def _from_dlpack(obj: Any) -> npt.NDArray[Any]:
+    kind, number = obj.__dlpack_device__()
+    if int(kind) not in HOST_DEVICES:
+        raise RegistrationError(
+            f"{type(obj)!r} lies on DLPack device ({int(kind)}, {number}), not in host memory: copy it"
+        )
+    try:
+        return np.from_dlpack(obj)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise RegistrationError(
+            f"{type(obj)!r} cannot be exported: {error}; for a tensor try .detach() and .view(torch.uint8)"
+        ) from error
+
+
+def _tells_readonly(obj: Any) -> bool:
+    """Whether `obj` speaks DLPack 1.0, which has a read-only flag. Older ones all look read-only."""
+    try:
+        return "dltensor_versioned" in repr(obj.__dlpack__(max_version=(1, 0)))
+    except TypeError:
+        return False
