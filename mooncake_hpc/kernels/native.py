@@ -78,6 +78,15 @@ def get_byte(typingctx, address):
 
 
 @intrinsic
+def put_byte(typingctx, address, value):
+    """Write the low byte of `value` at `address`."""
+    def gen(ctx, b, sig, args):
+        b.store(b.trunc(args[1], I8), _pointer(b, args[0], I8))
+        return ctx.get_dummy_value()
+    return types.void(types.int64, types.int64), gen
+
+
+@intrinsic
 def fetch_add(typingctx, address, value):
     """Add atomically to the int64 at `address`; the value before."""
     def gen(ctx, b, sig, args):
@@ -143,9 +152,68 @@ send = _libc("send", _i32, _i64, _i64, _i32)
 recv = _libc("recv", _i32, _i64, _i64, _i32)
 sendmsg = _libc("sendmsg", _i32, _i64, _i32)
 recvmsg = _libc("recvmsg", _i32, _i64, _i32)
-ppoll = _libc("ppoll", _i64, _i64, _i64, _i64, result=_i32)
 write = _libc("write", _i32, _i64, _i64)
-clock_gettime = _libc("clock_gettime", _i32, _i64, result=_i32)
+
+
+def _call(builder: Any, name: str, result: Any, kinds: list[Any], arguments: list[Any]) -> Any:
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, kinds), name)
+    return builder.call(function, arguments)
+
+
+def _on_stack(builder: Any, words: int) -> Any:
+    return cgutils.alloca_once(builder, ir.ArrayType(I64, words))
+
+
+def _word(builder: Any, block: Any, index: int) -> Any:
+    return builder.gep(block, [I32(0), I32(index)])
+
+
+def _timespec(builder: Any, nanoseconds: Any) -> Any:
+    spec = _on_stack(builder, 2)
+    builder.store(builder.sdiv(nanoseconds, I64(10**9)), _word(builder, spec, 0))
+    builder.store(builder.srem(nanoseconds, I64(10**9)), _word(builder, spec, 1))
+    return builder.ptrtoint(spec, I64)
+
+
+@intrinsic
+def now(typingctx):
+    """CLOCK_MONOTONIC in nanoseconds, the clock of `time.monotonic_ns()`."""
+    def gen(ctx, b, sig, args):
+        spec = _on_stack(b, 2)
+        _call(b, "clock_gettime", I32, [I32, I64], [I32(1), b.ptrtoint(spec, I64)])
+        seconds, rest = b.load(_word(b, spec, 0)), b.load(_word(b, spec, 1))
+        return b.add(b.mul(seconds, I64(10**9)), rest)
+    return types.int64(), gen
+
+
+@intrinsic
+def futex_wait(typingctx, word, expected, nanoseconds):
+    """Sleep while the low 32 bits at `word` equal those of `expected`, at most `nanoseconds` (>= 0)."""
+    def gen(ctx, b, sig, args):
+        spec = _timespec(b, args[2])
+        words = [I64(SYS_FUTEX), args[0], I64(FUTEX_WAIT), b.and_(args[1], I64(0xFFFFFFFF)), spec, I64(0), I64(0)]
+        return _call(b, "syscall", I64, [I64] * 7, words)
+    return types.int64(types.int64, types.int64, types.int64), gen
+
+
+@intrinsic
+def poll(typingctx, first, events, second, nanoseconds):
+    """ppoll of `first` for `events` and of `second` (-1: none) for POLLIN; below 0 nanoseconds: no time limit.
+
+    The revents of `first`, with bit 16 set when `second` is readable; 0 after the time.
+    """
+    def gen(ctx, b, sig, args):
+        fds = _on_stack(b, 2)  # two struct pollfd {int fd; short events; short revents}
+        low, high = I64(0xFFFFFFFF), I64(32)
+        b.store(b.or_(b.and_(args[0], low), b.shl(args[1], high)), _word(b, fds, 0))
+        b.store(b.or_(b.and_(args[2], low), b.shl(I64(1), high)), _word(b, fds, 1))
+        spec = b.select(b.icmp_signed("<", args[3], I64(0)), I64(0), _timespec(b, args[3]))
+        _call(b, "ppoll", I32, [I64] * 4, [b.ptrtoint(fds, I64), I64(2), spec, I64(0)])
+        one = b.lshr(b.load(_word(b, fds, 0)), I64(48))
+        two = b.lshr(b.load(_word(b, fds, 1)), I64(48))
+        ready = b.select(b.icmp_unsigned("!=", two, I64(0)), I64(1 << 16), I64(0))
+        return b.or_(one, ready)
+    return types.int64(*[types.int64] * 4), gen
 
 
 @intrinsic
@@ -156,3 +224,9 @@ def errno(typingctx):
         where = b.call(cgutils.get_or_insert_function(b.module, kind, "__errno_location"), [])
         return b.sext(b.load(b.bitcast(where, I32.as_pointer())), I64)
     return types.int64(), gen
+
+
+@kernel
+def futex_wake(word, waiters):
+    """Wake at most `waiters` sleepers on the word at `word`."""
+    syscall(SYS_FUTEX, word, FUTEX_WAKE, waiters, 0, 0, 0)
