@@ -1,0 +1,82 @@
+# Sourced by the other scripts: makes the virtual environment `.venv` of this checkout on first use, and sets
+#   ROOT    the checkout            PY      its Python           MPIRUN  the launcher that matches its MPI
+# MOONCAKE_HPC_PYTHON   interpreter to build from (default: the first of python3, python3.13 … with Python 3.11+)
+# MOONCAKE_HPC_MPI      mpich (default: a wheel into .venv) or system (the site's own mpirun and libmpi)
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+STATE=$ROOT/.mooncake
+VENV=$ROOT/.venv
+PY=$VENV/bin/python
+
+die() { echo "$(basename "$0"): $*" >&2; exit 1; }
+say() { echo "$(basename "$0"): $*" >&2; }
+
+find_python() {
+    local name
+    for name in "${MOONCAKE_HPC_PYTHON:-python3}" python3.13 python3.12 python3.11; do
+        if "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+            echo "$name"
+            return
+        fi
+    done
+    die "no Python 3.11 to 3.13 found; install one, or name it in MOONCAKE_HPC_PYTHON"
+}
+
+# apt_install PACKAGE…: only as root, and only where apt-get exists.
+apt_install() {
+    command -v apt-get >/dev/null || die "please install: $*"
+    [ "$(id -u)" = 0 ] || die "please install (as root): apt-get install $*"
+    say "apt-get install $*"
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"; } \
+        >"$STATE/apt.log" 2>&1 || { tail -20 "$STATE/apt.log" >&2; die "apt-get failed: $*"; }
+}
+
+# make_venv FOLDER: with pip in it, or nothing at all.
+make_venv() {
+    local python
+    python=$(find_python) || exit 1
+    if ! "$python" -c 'import ensurepip' 2>/dev/null; then  # Debian ships it apart
+        apt_install "python$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv"
+    fi
+    "$python" -m venv "$1" || die "cannot make the virtual environment $1"
+}
+
+# pip_install PYTHON ARGUMENT…: tried three times, as networks fail; quiet unless the last try fails.
+pip_install() {
+    local python=$1 try
+    shift
+    for try in 1 2 3; do
+        PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
+            "$python" -m pip install -q "$@" >"$STATE/pip.log" 2>&1 && return
+        sleep $((try * 2))
+    done
+    tail -20 "$STATE/pip.log" >&2
+    die "pip install $* failed three times; the whole log is in $STATE/pip.log"
+}
+
+set_up_venv() {
+    local stamp want packages=()
+    stamp=$VENV/.mooncake-stamp
+    want="$(sha256sum <"$ROOT/pyproject.toml" | cut -c1-16) ${MOONCAKE_HPC_MPI:-mpich} $ROOT"
+    [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && [ -x "$PY" ] && return
+    mkdir -p "$STATE"
+    (
+        flock -w 900 9 || die "another set-up holds $STATE/setup.lock"
+        [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && [ -x "$PY" ] && exit 0
+        say "setting up $VENV (once)"
+        "$PY" -m pip --version >/dev/null 2>&1 || make_venv "$VENV" || exit 1
+        [ "${MOONCAKE_HPC_MPI:-mpich}" = mpich ] && packages=("mpich>=5.0")
+        pip_install "$PY" -e "$ROOT[test]" "${packages[@]}"
+        echo "$want" >"$stamp"
+    ) 9>"$STATE/setup.lock" || exit 1
+}
+
+set_up_venv
+MPIRUN=$VENV/bin/mpirun
+[ -x "$MPIRUN" ] || MPIRUN=$(command -v mpirun || true)
+
+# Compiled kernels are kept per version of their sources, so that a checkout never runs stale ones.
+if [ -z "${NUMBA_CACHE_DIR:-}" ]; then
+    NUMBA_CACHE_DIR=$STATE/numba-$(cat "$ROOT"/mooncake_hpc/kernels/*.py | sha256sum | cut -c1-12)
+    export NUMBA_CACHE_DIR
+fi
