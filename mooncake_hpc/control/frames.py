@@ -1,0 +1,103 @@
+"""Frames of the original's RPC port: `u64 length` (little-endian), `u8 kind`, JSON text; the length counts
+kind and text.
+
+The old protocol has no kind byte: where the first byte after the length is above every kind (JSON text
+starts with `{`), the frame is a Connection, and its reply has no kind byte either. A length of 0 or above the
+limit, a first byte of 0x80 or more, and malformed JSON end the connection without a reply.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import time
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+LENGTH = struct.Struct("<Q")
+CHUNK = 1 << 16  # bytes asked of one recv: memory grows with what arrives, not with what a header claims
+
+
+class Kind(IntEnum):
+    """Kind of an exchange; request and reply carry the same."""
+
+    CONNECTION = 0  # RDMA handshake
+    METADATA = 1  # the receiver's segment descriptor
+    NOTIFY = 2
+    PROBE = 3
+
+
+class MalformedFrame(ValueError):
+    """Bytes that are no frame; the connection cannot be used any further."""
+
+
+class Closed(ConnectionError):
+    """The other side closed before the end of a frame."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    kind: Kind
+    payload: Any  # the parsed JSON
+    old: bool = False  # came without the kind byte
+
+
+def dumps(value: Any) -> str:
+    """JSON as the original writes it: one line, sorted keys, a newline at the end."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")) + "\n"
+
+
+def encode(kind: Kind, text: str, old: bool = False) -> bytes:
+    """The frame that carries the JSON `text`; `old` leaves the kind byte out."""
+    body = (b"" if old else bytes([kind])) + text.encode()
+    return LENGTH.pack(len(body)) + body
+
+
+def decode(body: bytes) -> Frame:
+    """The frame whose length was already taken off. Raises MalformedFrame."""
+    if not body or body[0] >= 0x80:
+        raise MalformedFrame("neither a frame kind nor JSON text at the start of a frame")
+    old = body[0] > max(Kind)
+    try:
+        payload = json.loads(body if old else body[1:])
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise MalformedFrame(f"no JSON in a frame: {error}") from error
+    return Frame(Kind.CONNECTION if old else Kind(body[0]), payload, old)
+
+
+def receive(connection: socket.socket, limit: int, deadline: float) -> Frame:
+    """Read one frame of at most `limit` bytes until `deadline` (of `time.monotonic`, seconds).
+
+    Raises MalformedFrame, Closed, TimeoutError, or OSError as the socket reports it.
+    """
+    (length,) = LENGTH.unpack(_read(connection, LENGTH.size, deadline))
+    if not 0 < length <= limit:
+        raise MalformedFrame(f"frame length {length} is outside 1 to {limit} (MC_HANDSHAKE_MAX_LENGTH)")
+    return decode(_read(connection, length, deadline))
+
+
+def send(connection: socket.socket, data: bytes, deadline: float) -> None:
+    """Send all of `data` until `deadline`. Raises TimeoutError or OSError."""
+    connection.settimeout(remaining(deadline))
+    connection.sendall(data)
+
+
+def remaining(deadline: float) -> float:
+    """Seconds until `deadline`. Raises TimeoutError when it has passed."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("deadline passed")
+    return left
+
+
+def _read(connection: socket.socket, count: int, deadline: float) -> bytes:
+    data = bytearray()
+    while len(data) < count:
+        connection.settimeout(remaining(deadline))
+        piece = connection.recv(min(CHUNK, count - len(data)))
+        if not piece:
+            raise Closed(f"closed after {len(data)} of {count} bytes")
+        data += piece
+    return bytes(data)

@@ -1,0 +1,218 @@
+"""The RPC port: answers Connection, Metadata, Notify and Probe frames, each connection in its own thread.
+
+The original serves one connection at a time, so that one silent client blocks the node for 5 seconds. Here a
+slow, silent or garbage-sending client costs one of `MAX_CONNECTIONS` threads, and the oldest of them is cut off
+when they run out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from mooncake_hpc.address import bind_listener, split
+from mooncake_hpc.control import frames
+from mooncake_hpc.control.frames import Frame, Kind, dumps
+from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.segment import OURS
+from mooncake_hpc.settings import Settings
+
+log = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 64
+CLIENT_TIMEOUT = 5.0  # seconds to send the request, to take the reply, to close; as the original
+MAX_FENCE_TIMEOUT = 10.0  # seconds a Probe may wait for its fence
+MAX_NOTIFICATIONS, MAX_NOTIFICATION_BYTES = 65536, 64 << 20
+
+
+class Notifications:
+    """What peers sent by Notify and nobody took yet. Bounded: then senders are refused. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[str, str]] = []
+        self._size = 0
+
+    def put(self, name: str, text: str) -> bool:
+        """Keep the message; False when there is no room."""
+        size = len(name) + len(text)
+        with self._lock:
+            if len(self._waiting) >= MAX_NOTIFICATIONS or self._size + size > MAX_NOTIFICATION_BYTES:
+                return False
+            self._waiting.append((name, text))
+            self._size += size
+            return True
+
+    def take(self) -> list[tuple[str, str]]:
+        """All (sender's segment name, text) that arrived since the last call, oldest first."""
+        with self._lock:
+            taken, self._waiting, self._size = self._waiting, [], 0
+            return taken
+
+
+def refuse_connection(_request: Any) -> dict[str, Any]:
+    """The answer of a node without RDMA to an RDMA handshake."""
+    return {"reply_msg": "this node has no RDMA transport; use tcp"}
+
+
+@dataclass(frozen=True, slots=True)
+class Handlers:
+    """What the frames of each kind do. Called from connection threads: they must be thread-safe."""
+
+    generation: str = ""  # told to every Probe; see `Directory`
+    metadata: Callable[[], str] = lambda: "null\n"  # our descriptor's JSON; null beside a metadata server
+    notify: Callable[[str, str], bool] = field(default_factory=lambda: Notifications().put)
+    fence: Callable[[str, float], bool] = lambda _connection, _timeout: False
+    """(data connection, seconds) -> whether nothing that came over that connection can land any more."""
+    connection: Callable[[Any], dict[str, Any]] = refuse_connection
+
+
+def open_rpc_listener(
+    name: str, host: str, settings: Settings, *, peer_to_peer: bool = False, bind_all: bool = False
+) -> socket.socket:
+    """Listen for RPC on `host`: on a random free port of MC_MIN_RPC_PORT to MC_MAX_RPC_PORT, or on the port of
+    the segment `name` with MC_LEGACY_RPC_PORT_BINDING. In P2PHANDSHAKE mode the name's port is ignored, as by the
+    original. Raises ConfigError when no port is free.
+    """
+    if settings.legacy_rpc_port and not peer_to_peer:
+        ports = [split(name, settings.handshake_port)[1]]
+        return bind_listener(host, ports, bind_all, settings.handshake_backlog, "--local_server_name")
+    low, high = settings.rpc_port_min, settings.rpc_port_max
+    if low > high:
+        raise ConfigError(f"MC_MIN_RPC_PORT={low} is above MC_MAX_RPC_PORT={high}")
+    ports = list(range(low, high + 1))
+    random.SystemRandom().shuffle(ports)  # not the global generator: its state is the caller's
+    hint = "MC_MIN_RPC_PORT and MC_MAX_RPC_PORT"
+    return bind_listener(host, ports, bind_all, settings.handshake_backlog, hint)
+
+
+class ControlServer:
+    """Owns `listener` and its threads until `stop`."""
+
+    def __init__(self, listener: socket.socket, handlers: Handlers, settings: Settings) -> None:
+        self._listener = listener
+        self._handlers = handlers
+        self._limit = settings.handshake_max_length
+        self._lock = threading.Lock()
+        self._clients: dict[socket.socket, threading.Thread] = {}  # oldest first
+        self._answering: set[socket.socket] = set()  # those whose handler runs
+        self._stopping = threading.Event()
+        self._accepting = threading.Thread(target=self._accept, name="mooncake-rpc", daemon=True)
+        self.port: int = listener.getsockname()[1]
+        self._accepting.start()
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """Cut every connection and end all threads, within `timeout` seconds. Idempotent; never raises."""
+        deadline = time.monotonic() + timeout
+        self._stopping.set()
+        _cut(self._listener)
+        self._accepting.join(max(0.0, deadline - time.monotonic()))
+        self._listener.close()
+        with self._lock:
+            threads = list(self._clients.values())
+            for client in self._clients:
+                _cut(client)
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                log.warning("RPC port %d: %s did not end within %g s", self.port, thread.name, timeout)
+
+    def _accept(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                client, _ = self._listener.accept()
+            except OSError as error:
+                if not self._stopping.wait(0.05):  # out of descriptors, or a client that is gone already
+                    log.warning("RPC port %d: accept: %s", self.port, error)
+                continue
+            self._admit(client)
+
+    def _admit(self, client: socket.socket) -> None:
+        thread = threading.Thread(target=self._serve, args=(client,), name="mooncake-rpc-client", daemon=True)
+        with self._lock:
+            if len(self._clients) >= MAX_CONNECTIONS and not self._make_room():
+                log.debug("RPC port %d: %d requests at work, one refused", self.port, MAX_CONNECTIONS)
+                client.close()
+                return
+            self._clients[client] = thread
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system's limit of threads
+            log.warning("RPC port %d: no thread for a connection: %s", self.port, error)
+            self._forget(client)
+
+    def _make_room(self) -> bool:
+        """Cut the oldest connection that waits for its client. The caller holds the lock."""
+        oldest = next((client for client in self._clients if client not in self._answering), None)
+        if oldest is None:
+            return False
+        log.debug("RPC port %d: %d connections, the oldest idle one cut", self.port, MAX_CONNECTIONS)
+        _cut(oldest)
+        del self._clients[oldest]
+        return True
+
+    def _serve(self, client: socket.socket) -> None:
+        try:
+            frame = frames.receive(client, self._limit, time.monotonic() + CLIENT_TIMEOUT)
+            with self._lock:
+                self._answering.add(client)
+            reply = frames.encode(frame.kind, self._answer(frame), frame.old)
+            with self._lock:
+                self._answering.discard(client)
+            frames.send(client, reply, time.monotonic() + CLIENT_TIMEOUT)
+            _finish(client, time.monotonic() + CLIENT_TIMEOUT)
+        except (OSError, frames.MalformedFrame) as error:
+            log.debug("RPC port %d: connection dropped: %s", self.port, error)
+        except Exception:
+            log.exception("RPC port %d: request failed", self.port)
+        finally:
+            self._forget(client)
+
+    def _forget(self, client: socket.socket) -> None:
+        with self._lock:  # closed under the lock: `stop` and `_admit` must not touch a reused descriptor
+            self._clients.pop(client, None)
+            self._answering.discard(client)
+            client.close()
+
+    def _answer(self, frame: Frame) -> str:
+        handlers, request = self._handlers, frame.payload
+        if frame.kind is Kind.METADATA:
+            return handlers.metadata()
+        if frame.kind is Kind.CONNECTION:
+            return dumps(handlers.connection(request))
+        if not isinstance(request, dict):
+            raise frames.MalformedFrame(f"{frame.kind.name} request is no JSON object")
+        if frame.kind is Kind.NOTIFY:
+            kept = handlers.notify(str(request.get("name", "")), str(request.get("notify_msg", "")))
+            return dumps({"name": "", "notify_msg": "success" if kept else ""})
+        return dumps(self._probe(request))
+
+    def _probe(self, request: dict[str, Any]) -> dict[str, Any]:
+        reply: dict[str, Any] = {"status": "success", OURS: {"generation": self._handlers.generation}}
+        if "fence" in request:
+            timeout = request.get("timeout", MAX_FENCE_TIMEOUT)
+            if not isinstance(timeout, int | float) or not timeout >= 0:
+                raise frames.MalformedFrame(f"Probe with the time-out {timeout!r}")
+            reply["fenced"] = self._handlers.fence(str(request["fence"]), min(timeout, MAX_FENCE_TIMEOUT))
+        return reply
+
+
+def _cut(connection: socket.socket) -> None:
+    """Wake whoever is blocked on the socket; it is still theirs to close."""
+    with contextlib.suppress(OSError):  # not connected any more
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _finish(client: socket.socket, deadline: float) -> None:
+    """Let the client close first, so that no reset overtakes the reply."""
+    client.shutdown(socket.SHUT_WR)
+    client.settimeout(frames.remaining(deadline))
+    while client.recv(frames.CHUNK):
+        client.settimeout(frames.remaining(deadline))
