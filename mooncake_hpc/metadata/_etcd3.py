@@ -1,0 +1,318 @@
+"""The one module that touches etcd3, grpc and protobuf: one connection to one etcd endpoint.
+
+etcd3 0.12.0 cannot be imported beside protobuf 4 and later (its generated code is too old) and registers files
+named `rpc.proto` and `kv.proto` in protobuf's default pool. So it is loaded as a private copy: its modules run
+under an `__import__` of their own and never enter `sys.modules`, and its messages are built from the
+descriptors in its own generated files, in a descriptor pool of their own.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import importlib.metadata
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from mooncake_hpc.errors import ConfigError
+
+T = TypeVar("T")
+
+VERSION = "0.12.0"
+INSTALL = "pip install 'mooncake-hpc[etcd]'"
+DESCRIPTORS = ("kv", "auth", "rpc")  # in the order of their imports
+CHANNEL_OPTIONS = [
+    ("grpc.enable_http_proxy", 0),  # http_proxy is for the web, not for a cluster's etcd
+    ("grpc.use_local_subchannel_pool", 1),  # a new connection never inherits the back-off of a dropped one
+    ("grpc.max_receive_message_length", -1),  # a listing of many keys may exceed the default of 4 MiB
+]
+
+
+class Kind(Enum):
+    """What a failed call asks of the caller."""
+
+    UNAVAILABLE = "try another endpoint, or again"
+    LOGIN = "log in again"
+    LEASE = "the lease is gone"
+    TOO_LARGE = "the request is too large"
+    REFUSED = "give up"
+
+
+class Failure(Exception):
+    """A call that failed; the text is etcd's or gRPC's own."""
+
+    def __init__(self, kind: Kind, details: str) -> None:
+        super().__init__(details)
+        self.kind = kind
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How to get in: user and password, paths of PEM files. Empty means unused; `ca` switches TLS on."""
+
+    user: str = ""
+    password: str = ""
+    ca: str = ""
+    cert: str = ""
+    key: str = ""
+
+
+class _PrivatePackage:
+    """Runs the modules of the package in folder `root` without `sys.modules`; `given` stand in for modules."""
+
+    def __init__(self, root: Path, given: Mapping[str, ModuleType]) -> None:
+        self.root, self.modules = root, dict(given)
+        self.builtins = {**vars(builtins), "__import__": self._import}
+
+    def load(self, name: str) -> ModuleType:
+        """The module with this dotted name, run on first use, an attribute of its package."""
+        package, _, child = name.rpartition(".")
+        parent = self.load(package) if package else None
+        if name not in self.modules:
+            self._run(name)
+        if parent is not None:
+            setattr(parent, child, self.modules[name])
+        return self.modules[name]
+
+    def _run(self, name: str) -> None:
+        path = self.root.joinpath(*name.split(".")[1:])
+        is_package = path.is_dir()
+        path = path / "__init__.py" if is_package else path.with_suffix(".py")
+        private_name = f"{__name__}.{name}"  # so that its loggers are below ours
+        module = ModuleType(private_name)
+        package = name if is_package else name.rpartition(".")[0]
+        vars(module).update(__file__=str(path), __package__=package, __builtins__=self.builtins)
+        self.modules[name] = module
+        try:
+            exec(SourceFileLoader(private_name, str(path)).get_code(private_name), vars(module))  # type: ignore[arg-type]
+        except BaseException:
+            del self.modules[name]
+            raise
+
+    def _import(
+        self,
+        name: str,
+        globals: Mapping[str, Any] | None = None,
+        locals: Mapping[str, Any] | None = None,
+        fromlist: Sequence[str] | None = (),
+        level: int = 0,
+    ) -> ModuleType:
+        if level:
+            name = f"{(globals or {})['__package__']}.{name}"
+        top = name.partition(".")[0]
+        if top != self.root.name:
+            return builtins.__import__(name, globals, locals, fromlist or (), 0)
+        module = self.load(name)
+        if not fromlist:
+            return self.load(top)
+        for item in fromlist:
+            if item != "*" and not hasattr(module, item):
+                self.load(f"{name}.{item}")
+        return module
+
+
+def _messages(root: Path) -> dict[str, ModuleType]:
+    """Stand-ins for etcd3's generated modules, built from the descriptors that these hold as a literal."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    pool = descriptor_pool.DescriptorPool()
+    if hasattr(message_factory, "GetMessageClass"):  # protobuf 4.22 and later
+        message_class = message_factory.GetMessageClass
+    else:
+        message_class = message_factory.MessageFactory(pool).GetPrototype
+    modules = {}
+    for name in DESCRIPTORS:
+        text = (root / "etcdrpc" / f"{name}_pb2.py").read_text("utf-8")
+        literal = re.search(r"serialized_pb=_b\(('.*')\)", text)
+        if literal is None:
+            raise ConfigError(f"{root}/etcdrpc/{name}_pb2.py holds no descriptor: reinstall, {INSTALL}")
+        serialized = ast.literal_eval(literal[1]).encode("latin1")
+        pool.AddSerializedFile(serialized)
+        file = pool.FindFileByName(descriptor_pb2.FileDescriptorProto.FromString(serialized).name)
+        module = ModuleType(f"{__name__}.{name}_pb2")
+        for message, descriptor in file.message_types_by_name.items():
+            setattr(module, message, message_class(descriptor))
+        for enum in file.enum_types_by_name.values():
+            vars(module).update({value.name: value.number for value in enum.values})
+        modules[f"etcd3.etcdrpc.{name}_pb2"] = module
+    return modules
+
+
+_loading = threading.Lock()
+_etcd3: ModuleType | None = None
+
+
+def load() -> ModuleType:
+    """The private etcd3. ConfigError, which says what to install, where it or what it needs is missing."""
+    global _etcd3
+    with _loading:
+        if _etcd3 is None:
+            try:
+                installed = importlib.metadata.distribution("etcd3")
+                if installed.version != VERSION:
+                    raise ConfigError(f"etcd3 {installed.version} is installed, {VERSION} is needed: {INSTALL}")
+                root = Path(str(installed.locate_file("etcd3")))
+                _etcd3 = _PrivatePackage(root, _messages(root)).load("etcd3")
+            except ImportError as error:
+                raise ConfigError(f"etcd metadata needs the package {error.name}: {INSTALL}") from error
+        return _etcd3
+
+
+class Connection:
+    """One channel to one endpoint `host:port`, thread-safe. Calls take a time-out in seconds, raise Failure."""
+
+    def __init__(self, endpoint: str, access: Access) -> None:
+        """Open without waiting; ConfigError for a PEM file that cannot be read."""
+        self._package = load()
+        self._call = threading.local()
+        host, _, port = endpoint.rpartition(":")
+        try:
+            self._client = self._client_class()(
+                host=host,
+                port=port,
+                ca_cert=access.ca or None,
+                cert_cert=access.cert or None,
+                cert_key=access.key or None,
+                grpc_options=CHANNEL_OPTIONS,
+            )
+        except OSError as error:
+            raise ConfigError(f"TLS for etcd: {error}") from error
+        self._access = access
+
+    def _client_class(self) -> Any:
+        """etcd3's client with a time-out a call: 0.12.0 has one a client."""
+        call = self._call
+
+        class Client(self._package.Etcd3Client):  # type: ignore[misc, name-defined]
+            @property
+            def timeout(self) -> float | None:
+                return getattr(call, "timeout", None)
+
+            @timeout.setter
+            def timeout(self, value: None) -> None:
+                """The base class sets its own."""
+
+        return Client
+
+    def _do(self, timeout: float, call: Callable[[Any], T]) -> T:
+        import grpc
+
+        self._call.timeout = timeout
+        try:
+            if self._access.user and self._client.metadata is None:
+                self._log_in(timeout)
+            return call(self._client)
+        except ValueError as error:  # what gRPC says of a channel that another thread has closed
+            raise Failure(Kind.UNAVAILABLE, str(error)) from error
+        except (grpc.RpcError, self._package.Etcd3Exception) as error:
+            cause = error if isinstance(error, grpc.RpcError) else error.__context__
+            raise _failure(cause) from error
+
+    def _log_in(self, timeout: float) -> None:
+        # Not by etcd3's constructor: it adds call credentials, which gRPC refuses without TLS.
+        rpc = self._package.etcdrpc
+        request = rpc.AuthenticateRequest(name=self._access.user, password=self._access.password)
+        reply = rpc.AuthStub(self._client.channel).Authenticate(request, timeout)
+        self._client.metadata = (("token", reply.token),)
+
+    def log_out(self) -> None:
+        """Forget the token, so that the next call fetches another."""
+        self._client.metadata = None
+
+    def get(self, key: str, timeout: float) -> str | None:
+        value, _ = self._do(timeout, lambda client: client.get(key))
+        return None if value is None else _text(value)
+
+    def list(self, prefix: str, timeout: float) -> dict[str, str]:
+        if prefix:
+            reply = self._do(timeout, lambda client: client.get_prefix_response(prefix))
+        else:
+            reply = self._do(timeout, lambda client: client.get_all_response())
+        return {_text(item.key): _text(item.value) for item in reply.kvs}
+
+    def put(self, key: str, value: str, lease: int, timeout: float) -> None:
+        self._do(timeout, lambda client: client.put(key, value, lease=lease))
+
+    def put_if_absent(self, key: str, value: str, lease: int, timeout: float) -> bool:
+        return self._do(timeout, lambda client: client.put_if_not_exists(key, value, lease=lease))
+
+    def put_if_leased(self, key: str, value: str, lease: int, timeout: float) -> bool:
+        """Put where the key hangs on `lease` already."""
+        return self._if_leased(key, lease, timeout, lambda txn: txn.put(key, value, lease=lease))
+
+    def delete_if_leased(self, key: str, lease: int, timeout: float) -> bool:
+        """Delete where the key hangs on `lease`."""
+        return self._if_leased(key, lease, timeout, lambda txn: txn.delete(key))
+
+    def _if_leased(self, key: str, lease: int, timeout: float, action: Callable[[Any], Any]) -> bool:
+        rpc = self._package.etcdrpc
+
+        class HangsOn:
+            """The comparison that 0.12.0 has no class for; servers know it since etcd 3.3."""
+
+            def build_message(self) -> Any:
+                compare = rpc.Compare
+                return compare(key=key.encode(), target=compare.LEASE, result=compare.EQUAL, lease=lease)
+
+        def transaction(client: Any) -> bool:
+            done, _ = client.transaction([HangsOn()], [action(client.transactions)], [])
+            return bool(done)
+
+        return self._do(timeout, transaction)
+
+    def grant(self, ttl: int, timeout: float) -> tuple[int, int]:
+        """A new lease: its id, and the TTL in seconds that etcd gave, which may be above `ttl`."""
+        lease = self._do(timeout, lambda client: client.lease(ttl))
+        return lease.id, lease.ttl
+
+    def keep_alive(self, lease: int, timeout: float) -> int:
+        """The renewed TTL in seconds; 0 when the lease is gone."""
+        replies = self._do(timeout, lambda client: list(client.refresh_lease(lease)))
+        return replies[0].TTL if replies else 0
+
+    def revoke(self, lease: int, timeout: float) -> None:
+        """End the lease; every key that hangs on it goes too."""
+        self._do(timeout, lambda client: client.revoke_lease(lease))
+
+    def close(self) -> None:
+        """Close the channel; calls under way in other threads fail as unavailable."""
+        self._client.close()
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "replace")  # a key of somebody else may hold anything
+
+
+def _failure(error: Any) -> Failure:
+    from grpc import StatusCode
+
+    refusals = {
+        StatusCode.INVALID_ARGUMENT,
+        StatusCode.PERMISSION_DENIED,
+        StatusCode.FAILED_PRECONDITION,
+        StatusCode.RESOURCE_EXHAUSTED,
+        StatusCode.UNIMPLEMENTED,
+        StatusCode.NOT_FOUND,
+    }
+    code, details = error.code(), error.details() or ""
+    text = f"{code.name}: {details}" if details else code.name
+    if "too large" in details or "larger than max" in details:
+        kind = Kind.TOO_LARGE
+    elif code is StatusCode.UNAUTHENTICATED or "invalid auth token" in details or "auth store is old" in details:
+        kind = Kind.LOGIN
+    elif "lease not found" in details:
+        kind = Kind.LEASE
+    elif code in refusals and "too many requests" not in details:
+        kind = Kind.REFUSED
+    else:
+        kind = Kind.UNAVAILABLE
+    if "user name is empty" in details:
+        text += " (this etcd wants a user: set MOONCAKE_HPC_ETCD_USER and MOONCAKE_HPC_ETCD_PASSWORD)"
+    return Failure(kind, text)

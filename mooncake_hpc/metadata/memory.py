@@ -1,0 +1,68 @@
+"""A metadata store inside one process: what `memory://NAME` names. For tests and single-process programs."""
+
+from __future__ import annotations
+
+import threading
+from weakref import WeakValueDictionary
+
+from mooncake_hpc.errors import MetadataError
+from mooncake_hpc.metadata.base import MetadataStore
+
+
+class _Space:
+    """What all stores of one name share: each key's value, and the store that put it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.entries: dict[str, tuple[str, MemoryStore]] = {}
+
+
+_spaces: WeakValueDictionary[str, _Space] = WeakValueDictionary()
+_spaces_lock = threading.Lock()
+
+
+class MemoryStore(MetadataStore):
+    """Stores of one name see the same keys; the space ends with its last store. Nothing ever expires here."""
+
+    def __init__(self, name: str) -> None:
+        self.spec = f"memory://{name}"
+        self._closed = False
+        with _spaces_lock:
+            self._space = _spaces.setdefault(name, _Space())
+
+    def get(self, key: str) -> str | None:
+        self._check_open()
+        with self._space.lock:
+            entry = self._space.entries.get(key)
+        return None if entry is None else entry[0]
+
+    def list(self, prefix: str) -> dict[str, str]:
+        self._check_open()
+        with self._space.lock:
+            entries = self._space.entries.items()
+            return {key: value for key, (value, _) in entries if key.startswith(prefix)}
+
+    def publish(self, key: str, value: str) -> None:
+        self._check_open()
+        with self._space.lock:
+            self._space.entries[key] = (value, self)
+
+    def withdraw(self, key: str) -> None:
+        self._check_open()
+        with self._space.lock:
+            if key in self._space.entries and self._space.entries[key][1] is self:
+                del self._space.entries[key]
+
+    @property
+    def lost(self) -> frozenset[str]:
+        return frozenset()
+
+    def close(self) -> None:
+        self._closed = True
+        with self._space.lock:
+            for key in [key for key, (_, owner) in self._space.entries.items() if owner is self]:
+                del self._space.entries[key]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise MetadataError(f"metadata store {self.spec} is closed")
