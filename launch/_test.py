@@ -1,8 +1,8 @@
 """Run the parts of the test suite one after the other; called by launch/test once everything is set up.
 
-A part fails when its command fails, outlives its time, or skips a test: what a test needs is set up beforehand,
-so a skip is a hole. Two kinds of skip are fine: pytest-mpi's, where a test wants another number of ranks, and those
-whose reason starts with "hardware:".
+A part fails when its command fails, outlives its time, or skips a test: what a test needs is set up
+beforehand, so a skip is a hole. Two kinds of skip are fine: pytest-mpi's, where a test wants another number
+of ranks, and those whose reason starts with "hardware:".
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ def parts(fast: bool, mpirun: str, extra: list[str]) -> list[Part]:
     python = sys.executable
     pytest = ["-m", "pytest", "-q", *extra]
     chosen = ["-m", "not slow and not interop"] if fast else []
-    unit = [python, *pytest, *chosen, "--durations=8", "--ignore=tests/mpi", "--junitxml", str(OUT / "unit" / "r.xml")]
+    unit = [python, *pytest, *chosen, "--durations=8", "--ignore=tests/mpi"]
     result = [
         Part("lint", [[python, "-m", "ruff", "check", "."], [python, "-m", "mypy"]], 300),
-        Part("unit", [unit], 1500),
+        Part("unit", [[*unit, "--junitxml", str(OUT / "unit" / "r.xml")]], 1500),
     ]
     for ranks in (2,) if fast else (1, 2, 4):
         folder = OUT / f"mpi{ranks}"
-        command = [mpirun, *launcher_options(mpirun), "-n", str(ranks), str(ROOT / "launch" / "_rank.sh"), str(folder)]
+        wrapper = [str(ROOT / "launch" / "_rank.sh"), str(folder)]
+        command = [mpirun, *launcher_options(mpirun), "-n", str(ranks), *wrapper]
         # `-m mpi4py` and -x: a failing rank ends the job instead of leaving the others in a barrier.
         tests = [python, "-m", "mpi4py", *pytest, "-x", "--with-mpi", *chosen, "tests/mpi"]
         result.append(Part(f"mpi{ranks}", [[*command, *tests, "--junitxml", str(folder / "r.xml")]], 300))
@@ -123,7 +124,8 @@ def read_results(part: Part, folder: Path) -> None:
         elif skip is None:
             part.passed += 1
         elif not skip.get("message", "").startswith(ACCEPTED_SKIPS) and skip.get("type") != "pytest.xfail":
-            part.complaints.append(f"skipped {case.get('classname')}::{case.get('name')}: {skip.get('message')}")
+            where = f"{case.get('classname')}::{case.get('name')}"
+            part.complaints.append(f"skipped {where}: {skip.get('message')}")
 
 
 def report(done: list[Part], setup: float) -> int:
@@ -147,13 +149,14 @@ def main() -> int:
     parser.add_argument("--fast", action="store_true", help="leave out slow tests and the original as a peer")
     parser.add_argument("--mpirun", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--setup-seconds", type=float, default=0.0, help=argparse.SUPPRESS)
-    parser.add_argument("--pytest", default="", help="more arguments for pytest, in one word: --pytest='-k etcd'")
+    parser.add_argument("--pytest", default="", help="arguments for pytest, in one word: --pytest='-k etcd'")
     parser.add_argument("part", nargs="*", help="only these: lint unit mpi1 mpi2 mpi4")
     options = parser.parse_args()
     all_parts = parts(options.fast, options.mpirun, options.pytest.split())
     unknown = set(options.part) - {p.name for p in all_parts}
     if unknown:
-        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(p.name for p in all_parts)}")
+        known = ", ".join(p.name for p in all_parts)
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {known}")
     chosen = [p for p in all_parts if not options.part or p.name in options.part]
     for part in chosen:
         print(f"== {part.name}", flush=True)
