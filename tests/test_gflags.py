@@ -52,7 +52,8 @@ def test_defaults_and_types() -> None:
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [("--verify", True), ("-verify", True), ("--verify=true", True), ("--verify=T", True),
-     ("--verify=1", True),     ("--verify=yes", True), ("--noverify", False), ("--verify=false", False), ("--verify=0", False)],
+     ("--verify=1", True),
+     ("--verify=yes", True), ("--noverify", False), ("--verify=false", False), ("--verify=0", False)],
 )  # fmt: skip
 def test_booleans(argument: str, expected: bool) -> None:
     assert parse(argument).boolean("verify") is expected
