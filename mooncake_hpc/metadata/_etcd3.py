@@ -1,9 +1,9 @@
 """The one module that touches etcd3, grpc and protobuf: one connection to one etcd endpoint.
 
-etcd3 0.12.0 cannot be imported beside protobuf 4 and later (its generated code is too old) and registers files
-named `rpc.proto` and `kv.proto` in protobuf's default pool. So it is loaded as a private copy: its modules run
-under an `__import__` of their own and never enter `sys.modules`, and its messages are built from the
-descriptors in its own generated files, in a descriptor pool of their own.
+etcd3 0.12.0 cannot be imported beside protobuf 4 and later (its generated code is too old) and registers
+files named `rpc.proto` and `kv.proto` in protobuf's default pool. So it is loaded as a private copy: its
+modules run under an `__import__` of their own and never enter `sys.modules`, and its messages are built from
+the descriptors in its own generated files, in a descriptor pool of their own.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Access:
 
 
 class _PrivatePackage:
-    """Runs the modules of the package in folder `root` without `sys.modules`; `given` stand in for modules."""
+    """Runs the package in folder `root` without `sys.modules`; `given` modules stand in for its own."""
 
     def __init__(self, root: Path, given: Mapping[str, ModuleType]) -> None:
         self.root, self.modules = root, dict(given)
@@ -157,7 +157,7 @@ def load() -> ModuleType:
             try:
                 installed = importlib.metadata.distribution("etcd3")
                 if installed.version != VERSION:
-                    raise ConfigError(f"etcd3 {installed.version} is installed, {VERSION} is needed: {INSTALL}")
+                    raise ConfigError(f"etcd3 is {installed.version}, {VERSION} is needed: {INSTALL}")
                 root = Path(str(installed.locate_file("etcd3")))
                 _etcd3 = _PrivatePackage(root, _messages(root)).load("etcd3")
             except ImportError as error:
@@ -166,7 +166,7 @@ def load() -> ModuleType:
 
 
 class Connection:
-    """One channel to one endpoint `host:port`, thread-safe. Calls take a time-out in seconds, raise Failure."""
+    """A channel to one endpoint `host:port`, thread-safe. Calls take a time-out (seconds), raise Failure."""
 
     def __init__(self, endpoint: str, access: Access) -> None:
         """Open without waiting; ConfigError for a PEM file that cannot be read."""
@@ -210,6 +210,8 @@ class Connection:
                 self._log_in(timeout)
             return call(self._client)
         except ValueError as error:  # what gRPC says of a channel that another thread has closed
+            if "closed" not in str(error):
+                raise
             raise Failure(Kind.UNAVAILABLE, str(error)) from error
         except (grpc.RpcError, self._package.Etcd3Exception) as error:
             cause = error if isinstance(error, grpc.RpcError) else error.__context__
@@ -241,7 +243,7 @@ class Connection:
         self._do(timeout, lambda client: client.put(key, value, lease=lease))
 
     def put_if_absent(self, key: str, value: str, lease: int, timeout: float) -> bool:
-        return self._do(timeout, lambda client: client.put_if_not_exists(key, value, lease=lease))
+        return bool(self._do(timeout, lambda client: client.put_if_not_exists(key, value, lease=lease)))
 
     def put_if_leased(self, key: str, value: str, lease: int, timeout: float) -> bool:
         """Put where the key hangs on `lease` already."""
@@ -305,7 +307,7 @@ def _failure(error: Any) -> Failure:
     text = f"{code.name}: {details}" if details else code.name
     if "too large" in details or "larger than max" in details:
         kind = Kind.TOO_LARGE
-    elif code is StatusCode.UNAUTHENTICATED or "invalid auth token" in details or "auth store is old" in details:
+    elif code is StatusCode.UNAUTHENTICATED or "auth token" in details or "auth store is old" in details:
         kind = Kind.LOGIN
     elif "lease not found" in details:
         kind = Kind.LEASE

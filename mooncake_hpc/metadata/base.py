@@ -1,4 +1,4 @@
-"""The one interface to whatever holds segment metadata: a flat map of text keys to text values with leases."""
+"""The one interface to whatever holds segment metadata: a flat, leased map of text keys to text values."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Self
 
 
 class MetadataStore(ABC):
-    """Thread-safe. Every call ends within the store's deadline (`Settings.metadata_timeout`, seconds) or raises
-    MetadataUnavailable, which names the endpoints and the cause.
+    """Thread-safe. Every call ends within the store's deadline (`Settings.metadata_timeout`, seconds) or
+    raises MetadataUnavailable, which names the endpoints and the cause. A closed store raises MetadataError.
 
-    Published keys are *leased*: they vanish by themselves within `Settings.lease_ttl` seconds after this process
-    dies. The store keeps them alive in the background and, when the lease or the store's whole content was lost,
-    puts them back, except where somebody else's value stands in the key by then: that one is given up.
+    Published keys are *leased*: they vanish by themselves within `Settings.lease_ttl` seconds after this
+    process dies. The store keeps them alive in the background and, when the lease or the store's whole
+    content was lost, puts them back, except where somebody else's value stands in the key by then: that
+    one is given up.
     """
 
     spec: str  # what the user named, for messages: "127.0.0.1:2379", "memory://test"
@@ -28,14 +29,17 @@ class MetadataStore(ABC):
 
     @abstractmethod
     def publish(self, key: str, value: str) -> None:
-        """Put the leased value, over whatever is there; this process keeps it alive until `withdraw` or `close`.
+        """Put the leased value, over whatever is there, and keep it alive until `withdraw` or `close`.
 
-        MetadataError when the store refuses it (a value above its size limit: the text says the size and limit).
+        MetadataError when the store refuses it: for a value above its size limit the text says both sizes.
         """
 
     @abstractmethod
     def withdraw(self, key: str) -> None:
-        """Stop keeping `key` alive and remove it if it still holds what this store published last."""
+        """Stop keeping `key` alive, and remove it unless somebody has put it since this store did.
+
+        Somebody else's value stays even where it is equal to ours.
+        """
 
     @property
     @abstractmethod
