@@ -36,7 +36,10 @@ def test_split(text: str, parts: tuple[str, int]) -> None:
     assert split(join(*parts), 1) == parts
 
 
-@pytest.mark.parametrize("text", ",:1,a:,a:x,a:0,a:65536,a:-1,a:²,[::1,[::1]8,[]:1".split(","))
+BAD = ["", ":1", "a:", "a:x", "a:0", "a:65536", "a:-1", "a:²", "[::1", "[::1]80", "[]:1"]
+
+
+@pytest.mark.parametrize("text", BAD)
 def test_split_refuses(text: str) -> None:
     with pytest.raises(ConfigError, match="address"):
         split(text, 12001)

@@ -1,8 +1,8 @@
 """The RPC port: answers Connection, Metadata, Notify and Probe frames, each connection in its own thread.
 
 The original serves one connection at a time, so that one silent client blocks the node for 5 seconds. Here a
-slow, silent or garbage-sending client costs one of `MAX_CONNECTIONS` threads, and the oldest of them is cut off
-when they run out.
+slow, silent or garbage-sending client costs one of `MAX_CONNECTIONS` threads, and the oldest of them is cut
+off when they run out.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ class Handlers:
 def open_rpc_listener(
     name: str, host: str, settings: Settings, *, peer_to_peer: bool = False, bind_all: bool = False
 ) -> socket.socket:
-    """Listen for RPC on `host`: on a random free port of MC_MIN_RPC_PORT to MC_MAX_RPC_PORT, or on the port of
-    the segment `name` with MC_LEGACY_RPC_PORT_BINDING. In P2PHANDSHAKE mode the name's port is ignored, as by the
-    original. Raises ConfigError when no port is free.
+    """Listen for RPC on `host`: on a random free port of MC_MIN_RPC_PORT to MC_MAX_RPC_PORT, or on the port
+    of the segment `name` with MC_LEGACY_RPC_PORT_BINDING. In P2PHANDSHAKE mode the name's port is ignored, as
+    by the original. Raises ConfigError when no port is free.
     """
     if settings.legacy_rpc_port and not peer_to_peer:
         ports = [split(name, settings.handshake_port)[1]]

@@ -1,0 +1,109 @@
+"""Our side of an exchange with a peer's RPC port. A failure is a PeerLost with address and cause."""
+
+from __future__ import annotations
+
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from mooncake_hpc.address import resolve, split
+from mooncake_hpc.control import frames
+from mooncake_hpc.control.frames import Kind, dumps
+from mooncake_hpc.errors import MetadataError, PeerLost, TransferError
+from mooncake_hpc.segment import OURS, SegmentDescriptor
+from mooncake_hpc.settings import Settings
+
+
+class Unanswered(PeerLost):
+    """The peer's port accepts connections, but no reply came in time: busy, stopped, or not Mooncake."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeReply:
+    """What a living process says of itself."""
+
+    generation: str  # empty: the original
+    fenced: bool  # nothing of the connection asked about can land any more
+
+
+def exchange(address: str, kind: Kind, payload: Any, timeout: float, settings: Settings) -> Any:
+    """Send one frame to `address` (`host:port`) and return the reply's JSON, within `timeout` seconds.
+
+    Connecting takes at most MC_HANDSHAKE_CONNECT_TIMEOUT of it. Raises PeerLost; ConfigError for a malformed
+    address.
+    """
+    deadline = time.monotonic() + timeout
+    connected_by = min(deadline, time.monotonic() + settings.handshake_connect_timeout)
+    host, port = split(address, settings.handshake_port)
+    what = f"{kind.name.capitalize()} request to {address}"
+    try:
+        connection = _connect(host, port, connected_by)
+    except OSError as error:
+        raise PeerLost(f"{what}: cannot connect: {error.strerror or error}") from error
+    try:
+        with connection:
+            frames.send(connection, frames.encode(kind, dumps(payload)), deadline)
+            reply = frames.receive(connection, settings.handshake_max_length, deadline)
+    except TimeoutError as error:
+        raise Unanswered(f"{what}: no answer within {timeout:g} s") from error
+    except frames.MalformedFrame as error:
+        raise PeerLost(f"{what}: the reply is no frame: {error}") from error
+    except OSError as error:
+        cause = error.strerror or error
+        raise PeerLost(f"{what}: no reply ({cause}); is it the RPC port of a Mooncake process?") from error
+    if reply.old or reply.kind is not kind:
+        raise PeerLost(f"{what}: the reply is of another kind")
+    return reply.payload
+
+
+def probe(
+    address: str, timeout: float, settings: Settings, fence: str = "", fence_timeout: float = 0.0
+) -> ProbeReply:
+    """Ask whether a process lives at `address`. Raises PeerLost when nobody answers.
+
+    With `fence`, also ask it to fence that data connection within `fence_timeout` seconds; the original
+    ignores this, and `fenced` is False then.
+    """
+    request: dict[str, Any] = {"fence": fence, "timeout": fence_timeout} if fence else {}
+    reply = exchange(address, Kind.PROBE, request, timeout, settings)
+    if not isinstance(reply, dict) or reply.get("status") != "success":
+        raise PeerLost(f"Probe request to {address}: the peer answered {reply!r}")
+    ours = reply.get(OURS)
+    generation = str(ours.get("generation", "")) if isinstance(ours, dict) else ""
+    return ProbeReply(generation, reply.get("fenced") is True)
+
+
+def notify(address: str, name: str, text: str, timeout: float, settings: Settings) -> None:
+    """Hand `text` from the segment `name` to the process at `address`.
+
+    Raises PeerLost; TransferError when the peer refuses it.
+    """
+    reply = exchange(address, Kind.NOTIFY, {"name": name, "notify_msg": text}, timeout, settings)
+    if not isinstance(reply, dict) or not reply.get("notify_msg"):
+        raise TransferError(f"Notify request to {address}: refused; the peer does not take its notifications")
+
+
+def fetch_metadata(address: str, timeout: float, settings: Settings) -> SegmentDescriptor:
+    """The descriptor that a P2PHANDSHAKE node gives. Raises PeerLost; MetadataError where there is none."""
+    reply = exchange(address, Kind.METADATA, {}, timeout, settings)
+    if reply is None:
+        raise MetadataError(f"the process at {address} has a metadata server; use that, not P2PHANDSHAKE")
+    return SegmentDescriptor.from_json(dumps(reply), f"the answer of {address}")
+
+
+def _connect(host: str, port: int, deadline: float) -> socket.socket:
+    """A connection to the first of the host's addresses that accepts. Raises OSError."""
+    failure: OSError = OSError(f"{host!r} has no address")
+    for family, kind, protocol, _, target in resolve(host, port, frames.remaining(deadline)):
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(frames.remaining(deadline))
+            connection.connect(target)
+            return connection
+        except BaseException as error:
+            connection.close()
+            if not isinstance(error, OSError):
+                raise
+            failure = error
+    raise failure
