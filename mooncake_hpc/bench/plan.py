@@ -81,11 +81,10 @@ class BenchConfig:
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """Where an initiator's slots lie in one target: absolute address of its region, and the region's length."""
+    """Where slots lie in one target: its segment's id, and the address of the initiator's region."""
 
     target_id: int
     address: int
-    length: int
 
 
 def build_requests(
@@ -108,14 +107,23 @@ def build_requests(
     return requests
 
 
-def cover_requests(
-    config: BenchConfig, local: int, remotes: Sequence[Remote], opcode: int
-) -> npt.NDArray[Any]:
-    """Requests that carry every slot of every submitter once: to poison, seed or read back the other side."""
-    parts = [build_requests(config, thread, local, remotes) for thread in range(config.threads)]
-    requests = np.concatenate(parts)
+def cover_requests(batches: Sequence[npt.NDArray[Any]], opcode: int) -> npt.NDArray[Any]:
+    """All submitters' requests as one batch, by address: to seed, poison or read the other side."""
+    requests = np.concatenate(batches)
     requests["opcode"] = opcode
     return requests[np.argsort(requests["local_addr"])]
+
+
+def check_room(config: BenchConfig, name: str, index: int, length: int, region: int) -> None:
+    """Raise ConfigError where buffer `index`, `length` bytes, of segment `name` does not hold our region."""
+    need = (region + 1) * config.footprint
+    if length < need:
+        sizes = f"block_size {config.block_size} × batch_size {config.batch_size} × threads {config.threads}"
+        where = f" in region {region}" if region else ""
+        raise ConfigError(
+            f"segment {name}: buffer {index} has {length} bytes, but {sizes}{where} needs {need}: "
+            f"start the target with --buffer_size={need} or make a batch smaller"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,171 @@
+"""The timed part of a bench: N submitters that submit their batch again and again, and what they measured."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mooncake_hpc.bench.plan import BenchConfig
+from mooncake_hpc.bench.statistics import Histogram, Recorder
+from mooncake_hpc.bench.verify import Verifier
+from mooncake_hpc.errors import MooncakeError, TransferCancelled
+
+Requests = npt.NDArray[Any]
+WALL_FACTOR = (
+    4  # a verified run ends when its timed windows reach the duration, or all of it this many times that
+)
+
+
+class Batch(Protocol):
+    """What the runner needs of `mooncake_hpc.batch.Batch`."""
+
+    @property
+    def status(self) -> npt.NDArray[np.int8]: ...
+    def wait(self, timeout: float | None = None) -> None: ...
+    def cancel(self) -> None: ...
+
+
+class Engine(Protocol):
+    """What the runner needs of `mooncake_hpc.TransferEngine`."""
+
+    def submit(self, requests: Requests) -> Batch: ...
+
+
+def transfer(engine: Engine, requests: Requests, timeout: float) -> None:
+    """Submit and wait at most `timeout` seconds; cancels the batch before it lets a failure out."""
+    batch = engine.submit(requests)
+    try:
+        batch.wait(timeout)
+    except BaseException:
+        with contextlib.suppress(MooncakeError):
+            batch.cancel()
+        raise
+
+
+@dataclass(slots=True)
+class Measured:
+    """What one initiator measured. `seconds` is the time inside the timed windows, as is `cpu_seconds`."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    batches: int = 0
+    errors: int = 0  # failed requests
+    failure: str = ""  # the first error's text
+    latency: Histogram = field(default_factory=Histogram)  # ns a batch
+    compared: int = 0
+    wrong: int = 0
+
+
+@dataclass(slots=True)
+class _Submitter:
+    requests: Requests
+    recorder: Recorder = field(default_factory=Recorder)
+    batches: int = 0
+    begin: int = 0  # of its last window, ns
+    end: int = 0
+
+
+class Runner:
+    """Runs the submitters of one process; one request array each, built once."""
+
+    def __init__(self, engine: Engine, config: BenchConfig, batches: Sequence[Requests]) -> None:
+        self._engine, self._config = engine, config
+        self._submitters = [_Submitter(requests) for requests in batches]
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._measured = Measured()
+        self._error: Exception | None = None
+
+    def warm_up(self) -> None:
+        """Untimed batches of every submitter: connections, page faults on both sides, compiled kernels."""
+        if self._config.warmup:
+            self._window(self._config.warmup, float("inf"))
+        if self._error is not None:
+            raise self._error
+        self._measured = Measured()
+        for submitter in self._submitters:
+            submitter.recorder, submitter.batches = Recorder(), 0
+
+    def run(self, verifier: Verifier | None = None) -> Measured:
+        """Run for the configured time. A failed transfer ends the run and is in the result, not raised."""
+        measured, duration = self._measured, self._config.duration
+        wall_end = time.monotonic() + WALL_FACTOR * duration
+        if verifier is None:
+            self._window(None, duration)
+        else:
+            while measured.seconds < duration and self._error is None and time.monotonic() < wall_end:
+                verifier.begin()
+                self._window(self._config.verify_interval, duration - measured.seconds)
+                if self._error is None:
+                    verifier.check()
+            measured.compared, measured.wrong = verifier.compared, verifier.wrong
+        for submitter in self._submitters:
+            measured.latency.merge(submitter.recorder.flush())
+            measured.batches += submitter.batches
+        return measured
+
+    def _window(self, limit: int | None, seconds: float) -> None:
+        """All submitters at once until each has done `limit` batches or `seconds` passed; adds the time."""
+        start_line = threading.Barrier(len(self._submitters) + 1)
+        threads = [
+            threading.Thread(
+                target=self._submit, args=(s, start_line, limit, seconds), name=f"submitter-{i}", daemon=True
+            )
+            for i, s in enumerate(self._submitters)
+        ]
+        for thread in threads:
+            thread.start()
+        cpu = time.process_time()
+        start_line.wait(timeout=60)
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException:  # Ctrl-C: each submitter ends after its batch, or when the engine closes
+            self._stop.set()
+            raise
+        elapsed = max(s.end for s in self._submitters) - min(s.begin for s in self._submitters)
+        self._measured.seconds += elapsed / 1e9
+        self._measured.cpu_seconds += time.process_time() - cpu
+
+    def _submit(
+        self, me: _Submitter, start_line: threading.Barrier, limit: int | None, seconds: float
+    ) -> None:
+        """One submitter's loop. The clock runs from before the submission to the return of the wait."""
+        engine, requests, timeout = self._engine, me.requests, self._config.batch_timeout
+        clock, record, stop = time.perf_counter_ns, me.recorder.record, self._stop
+        done = 0
+        start_line.wait(timeout=60)
+        me.begin = me.end = clock()
+        last = me.begin + seconds * 1e9
+        while done != limit and me.end < last and not stop.is_set():
+            batch = None
+            start = clock()
+            try:
+                batch = engine.submit(requests)
+                batch.wait(timeout)
+            except Exception as error:
+                self._fail(batch, error)
+                break
+            me.end = clock()
+            record(me.end - start)
+            done += 1
+        me.batches += done
+
+    def _fail(self, batch: Batch | None, error: Exception) -> None:
+        """Keep the first cause, end the run; the cancel makes sure that nothing touches the buffers any more."""
+        self._stop.set()
+        if batch is not None:
+            with contextlib.suppress(MooncakeError):
+                batch.cancel()
+        failed = 1 if batch is None else max(1, int(np.count_nonzero(batch.status < 0)))
+        with self._lock:
+            if self._error is None or isinstance(self._error, TransferCancelled):
+                self._error, self._measured.failure = error, f"{type(error).__name__}: {error}"
+            self._measured.errors += failed
