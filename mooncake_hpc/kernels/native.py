@@ -148,11 +148,11 @@ def _libc(name: str, *arguments: Any, result: Any = types.int64) -> Any:
 
 _i64, _i32 = types.int64, types.int32
 syscall = _libc("syscall", *[_i64] * 7)
-send = _libc("send", _i32, _i64, _i64, _i32)
 recv = _libc("recv", _i32, _i64, _i64, _i32)
 sendmsg = _libc("sendmsg", _i32, _i64, _i32)
 recvmsg = _libc("recvmsg", _i32, _i64, _i32)
 write = _libc("write", _i32, _i64, _i64)
+read = _libc("read", _i32, _i64, _i64)
 
 
 def _call(builder: Any, name: str, result: Any, kinds: list[Any], arguments: list[Any]) -> Any:

@@ -1,0 +1,260 @@
+"""The queue of a lane and the state of a batch: what every transport's kernels share.
+
+A *lane* carries slices in order. Its queue holds *entries* (one a batch and lane), not slices, so the number of
+requests in flight has no limit of its own. There is no thread that has to be woken for a batch: whoever waits
+becomes the *leader*, takes the lane's OWNER word and moves everybody's bytes until its own batch is done; others
+sleep on their batch. The lane's own thread is a backstop for queues that nobody waits on, and repairs connections.
+
+All state is int64 words in blocks owned by Python; a constant below is a word's byte offset in its block.
+"""
+
+from __future__ import annotations
+
+from mooncake_hpc.kernels.native import (
+    compare_exchange,
+    fence,
+    fetch_add,
+    futex_wait,
+    futex_wake,
+    get,
+    kernel,
+    load,
+    now,
+    pause,
+    put,
+    put_byte,
+    store,
+    write,
+)
+
+# --- lane block -------------------------------------------------------------------------------------------------
+OWNER = 0  # 1 while a thread moves this lane's bytes
+HEAD = 8  # entries completed since the start
+TAIL = 16  # entries queued since the start
+RING = 24  # address of the entries
+DEPTH = 32  # entries in the ring, a power of 2
+STATE = 40  # UP, DOWN or CLOSED
+DOORBELL = 48  # eventfd that ends the leader's sleep
+ASLEEP = 56  # 1 while the leader sleeps
+BELL_WORD = 64  # futex word of the lane's thread; changes to end its sleep
+RESTING = 72  # 1 while the lane's thread sleeps until rung
+CAUSE = 80  # why the lane went down: an errno or one of the codes below
+BYTES = 88  # payload bytes completed
+SPIN = 96  # nanoseconds to poll before sleeping
+PATIENCE = 104  # nanoseconds without any progress after which the connection counts as dead
+PROGRESS = 112  # time of the last progress
+DONE_SLICES = 120  # completed slices of the head entry
+LANE_ONE = 504  # holds 1, written to eventfds
+URGENT = 496  # 1: somebody waits who cannot lead (an event loop, or a batch of several lanes)
+LANE_WORDS = 64  # the words from 128 to 495 belong to the transport
+
+DOWN, UP, CLOSED = 0, 1, 2
+
+# --- entry: 4 words -----------------------------------------------------------------------------------------------
+ENTRY, ENTRY_SLICES, ENTRY_COUNT, ENTRY_BATCH = 32, 0, 8, 16
+
+# --- slice: 4 words -------------------------------------------------------------------------------------------------
+SLICE, LOCAL, REMOTE, LENGTH, META = 32, 0, 8, 16, 24  # META: request index << 8 | flags
+WRITING, SKIPPED, HIDDEN = 1, 2, 4  # flags: opcode; never sent; a fence of the lane's own, no request's slice
+
+# --- batch block -------------------------------------------------------------------------------------------------------
+REMAINING = 0  # slices not yet completed
+WORD = 8  # futex word: odd when the batch is done
+ERROR = 16  # code of the first failure
+ERROR_REQUEST = 24  # its request
+EVENT = 32  # eventfd to write when done, or -1
+CANCEL = 40  # 1: slices not yet sent are skipped
+WAITERS = 48
+STATUS = 56  # address of an int8 a request: 0 waiting, 1 done, a failure code below 0
+PENDING = 64  # address of an int64 a request: its slices not yet completed
+BATCH_ONE = 72  # holds 1, written to eventfds
+BATCH_WORDS = 16
+
+# --- failure codes of a slice, negative as bytes ---------------------------------------------------------------------------
+REJECTED, LOST, TIMED_OUT, CANCELLED, MALFORMED = -1, -2, -3, -4, -5
+
+# --- what `drive` returns ---------------------------------------------------------------------------------------------------
+FINISHED, AGAIN, BROKEN, EMPTY = 0, 1, 2, 3
+
+
+@kernel
+def finish_slice(batch, meta, code):
+    """Count a slice of `batch` as completed with `code` (0: fine); the last one wakes whoever waits."""
+    request = meta >> 8
+    if code != 0:
+        put_byte(get(batch + STATUS) + request, code)
+        if compare_exchange(batch + ERROR, 0, code) == 0:
+            put(batch + ERROR_REQUEST, request)
+    if meta & HIDDEN == 0 and fetch_add(get(batch + PENDING) + 8 * request, -1) == 1 and code == 0:
+        status = get(batch + STATUS) + request
+        put_byte(status, 1)
+    if fetch_add(batch + REMAINING, -1) == 1:
+        event = get(batch + EVENT)
+        fetch_add(batch + WORD, 1)
+        if load(batch + WAITERS) != 0:
+            futex_wake(batch + WORD, 1 << 30)
+        if event >= 0:
+            write(event, batch + BATCH_ONE, 8)
+
+
+@kernel
+def head_entry(lane):
+    """Address of the entry being completed."""
+    return get(lane + RING) + ENTRY * (get(lane + HEAD) & (get(lane + DEPTH) - 1))
+
+
+@kernel
+def finish_head(lane, code):
+    """Complete the next slice of the head entry; the entry leaves the queue with its last slice."""
+    entry = head_entry(lane)
+    batch = get(entry + ENTRY_BATCH)
+    done = get(lane + DONE_SLICES)
+    piece = get(entry + ENTRY_SLICES) + SLICE * done
+    meta = get(piece + META)
+    if code == 0 and meta & HIDDEN == 0:
+        put(lane + BYTES, get(lane + BYTES) + get(piece + LENGTH))
+    last = done + 1 == get(entry + ENTRY_COUNT)
+    put(lane + DONE_SLICES, 0 if last else done + 1)
+    finish_slice(batch, meta, code)
+    if last:
+        store(lane + HEAD, get(lane + HEAD) + 1)
+
+
+@kernel
+def fail_head_entry(lane, code):
+    """Fail what is left of the head entry (the owner of the lane only, with its connection dead)."""
+    head = get(lane + HEAD)
+    while get(lane + HEAD) == head:
+        finish_head(lane, code)
+
+
+@kernel
+def fail_all(lane, code):
+    """Fail everything queued."""
+    while get(lane + HEAD) != load(lane + TAIL):
+        fail_head_entry(lane, code)
+
+
+@kernel
+def ring_thread(lane):
+    """Wake the lane's own thread."""
+    fetch_add(lane + BELL_WORD, 1)
+    futex_wake(lane + BELL_WORD, 1)
+
+
+@kernel
+def ring_leader(lane):
+    """End the leader's sleep, if it sleeps."""
+    if load(lane + ASLEEP) != 0:
+        store(lane + ASLEEP, 0)
+        write(get(lane + DOORBELL), lane + LANE_ONE, 8)
+
+
+@kernel
+def enqueue(lane, slices, count, batch):
+    """Queue an entry (one producer at a time). Its number from 1 on; 0: the ring is full; -1: the lane is closed."""
+    if load(lane + STATE) == CLOSED:
+        return -1
+    tail = get(lane + TAIL)
+    depth = get(lane + DEPTH)
+    if tail - load(lane + HEAD) >= depth:
+        return 0
+    entry = get(lane + RING) + ENTRY * (tail & (depth - 1))
+    put(entry + ENTRY_SLICES, slices)
+    put(entry + ENTRY_COUNT, count)
+    put(entry + ENTRY_BATCH, batch)
+    if tail == load(lane + HEAD):
+        put(lane + PROGRESS, now())
+    store(lane + TAIL, tail + 1)
+    fence()
+    ring_leader(lane)
+    if load(lane + RESTING) != 0:
+        ring_thread(lane)
+    return tail + 1
+
+
+@kernel
+def hurry(lane):
+    """Have the lane's own thread move the queue now."""
+    store(lane + URGENT, 1)
+    ring_thread(lane)
+
+
+@kernel
+def seize(lane, until):
+    """Take the lane for repair; 0 if its leader has not left it by `until`."""
+    while compare_exchange(lane + OWNER, 0, 1) != 0:
+        if now() > until:
+            return 0
+        pause()
+    return 1
+
+
+@kernel
+def hand_over(lane):
+    """Release the lane; when entries are left, wake one that waits for its batch to lead instead."""
+    chosen = 0
+    seq = get(lane + HEAD)
+    tail = load(lane + TAIL)
+    while seq != tail and chosen == 0:
+        entry = get(lane + RING) + ENTRY * (seq & (get(lane + DEPTH) - 1))
+        batch = get(entry + ENTRY_BATCH)
+        if load(batch + WAITERS) != 0:
+            chosen = batch
+            fetch_add(batch + WORD, 2)  # still held: the entry has not left the queue
+        seq += 1
+    store(lane + OWNER, 0)
+    if chosen != 0:
+        futex_wake(chosen + WORD, 1)  # at worst a word that nobody sleeps on
+
+
+@kernel
+def follow(lane, batch, until):
+    """Sleep until the batch is done, the lane has no leader, or `until`."""
+    fetch_add(batch + WAITERS, 1)
+    word = load(batch + WORD)
+    left = until - now()
+    if word & 1 == 0 and load(lane + OWNER) != 0 and left > 0:
+        futex_wait(batch + WORD, word, left)
+    fetch_add(batch + WAITERS, -1)
+
+
+@kernel
+def await_batch(batch, until):
+    """Sleep until the batch is done or `until`; whether it is done."""
+    fetch_add(batch + WAITERS, 1)
+    word = load(batch + WORD)
+    while word & 1 == 0:
+        left = until - now()
+        if left <= 0:
+            break
+        futex_wait(batch + WORD, word, left)
+        word = load(batch + WORD)
+    fetch_add(batch + WAITERS, -1)
+    return word & 1
+
+
+GRACE = 1_000_000  # the lane's thread leaves a queue to its waiters this long
+LINGER = 100_000_000  # and looks every GRACE ns until this long after the last traffic
+
+
+@kernel
+def rest(lane):
+    """The lane thread's sleep between two looks at the queue: GRACE while there is traffic, else until rung."""
+    word = load(lane + BELL_WORD)
+    resting = load(lane + STATE) == UP and now() - get(lane + PROGRESS) > LINGER
+    if resting:
+        store(lane + RESTING, 1)
+        fence()
+    if not resting:
+        futex_wait(lane + BELL_WORD, word, GRACE)
+    elif load(lane + HEAD) == load(lane + TAIL):
+        futex_wait(lane + BELL_WORD, word, 10_000_000_000)
+    store(lane + RESTING, 0)
+
+
+@kernel
+def neglected(lane, head_before):
+    """Whether something is queued that nobody moves: same head as before, no leader."""
+    head = load(lane + HEAD)
+    return head == head_before and head != load(lane + TAIL) and load(lane + OWNER) == 0
