@@ -239,15 +239,19 @@ class Connection:
             reply = self._do(timeout, lambda client: client.get_all_response())
         return {_text(item.key): _text(item.value) for item in reply.kvs}
 
-    def put(self, key: str, value: str, lease: int, timeout: float) -> None:
+    def put(self, key: str, value: str, lease: int, timeout: float) -> bool:
+        """Put, over whatever is there. True."""
         self._do(timeout, lambda client: client.put(key, value, lease=lease))
+        return True
 
-    def put_if_absent(self, key: str, value: str, lease: int, timeout: float) -> bool:
-        return bool(self._do(timeout, lambda client: client.put_if_not_exists(key, value, lease=lease)))
+    def put_if_ours(self, key: str, value: str, lease: int, timeout: float) -> bool:
+        """Put where the key is absent or hangs on `lease` already; whether it did."""
 
-    def put_if_leased(self, key: str, value: str, lease: int, timeout: float) -> bool:
-        """Put where the key hangs on `lease` already."""
-        return self._if_leased(key, lease, timeout, lambda txn: txn.put(key, value, lease=lease))
+        def absent(client: Any) -> bool:
+            return bool(client.put_if_not_exists(key, value, lease=lease))
+
+        leased = self._if_leased(key, lease, timeout, lambda txn: txn.put(key, value, lease=lease))
+        return leased or self._do(timeout, absent)
 
     def delete_if_leased(self, key: str, lease: int, timeout: float) -> bool:
         """Delete where the key hangs on `lease`."""
@@ -278,6 +282,11 @@ class Connection:
         """The renewed TTL in seconds; 0 when the lease is gone."""
         replies = self._do(timeout, lambda client: list(client.refresh_lease(lease)))
         return replies[0].TTL if replies else 0
+
+    def lease_keys(self, lease: int, timeout: float) -> set[str]:
+        """The keys that hang on `lease`."""
+        reply = self._do(timeout, lambda client: client.get_lease_info(lease))
+        return {_text(key) for key in reply.keys}
 
     def revoke(self, lease: int, timeout: float) -> None:
         """End the lease; every key that hangs on it goes too."""

@@ -29,9 +29,11 @@ class MetadataStore(ABC):
 
     @abstractmethod
     def publish(self, key: str, value: str) -> None:
-        """Put the leased value, over whatever is there, and keep it alive until `withdraw` or `close`.
+        """Put the leased value and keep it alive until `withdraw` or `close`.
 
-        MetadataError when the store refuses it: for a value above its size limit the text says both sizes.
+        A key that this store does not hold yet is put over whatever is there. A new value of one that it holds
+        is put only if nobody else has put the key since: else NameInUse, and the key is `lost`. MetadataError
+        when the store refuses it: for a value above its size limit the text says both sizes.
         """
 
     @abstractmethod
@@ -44,7 +46,7 @@ class MetadataStore(ABC):
     @property
     @abstractmethod
     def lost(self) -> frozenset[str]:
-        """Keys that were given up since another process's value stood in them after a lost lease."""
+        """Keys that were given up since another process has put its own value in them."""
 
     @abstractmethod
     def close(self) -> None:

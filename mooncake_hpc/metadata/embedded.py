@@ -178,7 +178,7 @@ class EmbeddedEtcd:
         return output.decode(errors="replace").strip()
 
     def close(self) -> None:
-        """Stop etcd and remove its folder. Idempotent; takes about 0.05 s. Without effect in a forked child."""
+        """Stop etcd and remove its folder. Idempotent; takes 0.05 s. Without effect in a forked child."""
         if os.getpid() == self._starter:
             self._stop()
 

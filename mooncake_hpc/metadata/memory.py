@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from weakref import WeakValueDictionary
 
-from mooncake_hpc.errors import MetadataError
+from mooncake_hpc.errors import MetadataError, NameInUse
 from mooncake_hpc.metadata.base import MetadataStore
 
 
@@ -22,11 +22,13 @@ _spaces_lock = threading.Lock()
 
 
 class MemoryStore(MetadataStore):
-    """Stores of one name see the same keys; the space ends with its last store. Nothing ever expires here."""
+    """Stores of one name see the same keys; the space ends with its last store. Nothing expires here."""
 
     def __init__(self, name: str) -> None:
         self.spec = f"memory://{name}"
         self._closed = False
+        self._held: set[str] = set()
+        self._lost: frozenset[str] = frozenset()
         with _spaces_lock:
             self._space = _spaces.setdefault(name, _Space())
 
@@ -45,17 +47,27 @@ class MemoryStore(MetadataStore):
     def publish(self, key: str, value: str) -> None:
         self._check_open()
         with self._space.lock:
+            entry = self._space.entries.get(key)
+            if key in self._held and entry is not None and entry[1] is not self:
+                self._held.discard(key)
+                self._lost |= {key}
+                raise NameInUse(f"{key} at {self.spec} now belongs to another store: it is left alone")
             self._space.entries[key] = (value, self)
+            self._held.add(key)
+            self._lost -= {key}
 
     def withdraw(self, key: str) -> None:
         self._check_open()
         with self._space.lock:
-            if key in self._space.entries and self._space.entries[key][1] is self:
+            self._held.discard(key)
+            self._lost -= {key}
+            entry = self._space.entries.get(key)
+            if entry is not None and entry[1] is self:
                 del self._space.entries[key]
 
     @property
     def lost(self) -> frozenset[str]:
-        return frozenset()
+        return self._lost
 
     def close(self) -> None:
         self._closed = True
