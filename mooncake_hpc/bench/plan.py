@@ -87,9 +87,7 @@ class Remote:
     address: int
 
 
-def build_requests(
-    config: BenchConfig, thread: int, local: int, remotes: Sequence[Remote]
-) -> npt.NDArray[Any]:
+def build_requests(config: BenchConfig, thread: int, local: int, remotes: Sequence[Remote]) -> npt.NDArray[Any]:
     """The batch that submitter `thread` submits again and again, as a REQUEST array of `batch_size`.
 
     Request j uses slot j·threads + thread, as in the original: `local` + block_size·slot on this side, the

@@ -18,9 +18,7 @@ from mooncake_hpc.bench.verify import Verifier
 from mooncake_hpc.errors import MooncakeError, TransferCancelled
 
 Requests = npt.NDArray[Any]
-WALL_FACTOR = (
-    4  # a verified run ends when its timed windows reach the duration, or all of it this many times that
-)
+WALL_FACTOR, WALL_EXTRA = 4, 10.0  # a verified run ends at the latest after duration × factor + extra seconds
 
 
 class Batch(Protocol):
@@ -94,9 +92,9 @@ class Runner:
             submitter.recorder, submitter.batches = Recorder(), 0
 
     def run(self, verifier: Verifier | None = None) -> Measured:
-        """Run for the configured time. A failed transfer ends the run and is in the result, not raised."""
+        """Run for the configured time. A failed transfer ends the run and is told in the result, not raised."""
         measured, duration = self._measured, self._config.duration
-        wall_end = time.monotonic() + WALL_FACTOR * duration
+        wall_end = time.monotonic() + WALL_FACTOR * duration + WALL_EXTRA
         if verifier is None:
             self._window(None, duration)
         else:
@@ -106,6 +104,8 @@ class Runner:
                 if self._error is None:
                     verifier.check()
             measured.compared, measured.wrong = verifier.compared, verifier.wrong
+        if self._error is not None and not isinstance(self._error, MooncakeError):
+            raise self._error
         for submitter in self._submitters:
             measured.latency.merge(submitter.recorder.flush())
             measured.batches += submitter.batches
@@ -134,9 +134,7 @@ class Runner:
         self._measured.seconds += elapsed / 1e9
         self._measured.cpu_seconds += time.process_time() - cpu
 
-    def _submit(
-        self, me: _Submitter, start_line: threading.Barrier, limit: int | None, seconds: float
-    ) -> None:
+    def _submit(self, me: _Submitter, start_line: threading.Barrier, limit: int | None, seconds: float) -> None:
         """One submitter's loop. The clock runs from before the submission to the return of the wait."""
         engine, requests, timeout = self._engine, me.requests, self._config.batch_timeout
         clock, record, stop = time.perf_counter_ns, me.recorder.record, self._stop
@@ -159,7 +157,7 @@ class Runner:
         me.batches += done
 
     def _fail(self, batch: Batch | None, error: Exception) -> None:
-        """Keep the first cause, end the run; the cancel makes sure that nothing touches the buffers any more."""
+        """Keep the first cause and end the run; once cancelled, nothing touches the buffers any more."""
         self._stop.set()
         if batch is not None:
             with contextlib.suppress(MooncakeError):

@@ -42,9 +42,7 @@ class Span:
     offset: int
 
 
-def spans_of(
-    buffers: Sequence[tuple[int, Bytes]], batches: Sequence[npt.NDArray[Any]], region: int
-) -> list[Span]:
+def spans_of(buffers: Sequence[tuple[int, Bytes]], batches: Sequence[npt.NDArray[Any]], region: int) -> list[Span]:
     """The local spans that the batches address, merged where they adjoin.
 
     `buffers` are (address, array); `region` is the offset of the initiator's region in the target's buffer.
