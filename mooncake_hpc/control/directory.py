@@ -141,8 +141,8 @@ class Directory:
     def withdraw(self) -> None:
         """Remove what we published, as far as it is still ours. Never raises: the leases end what is left."""
         with self._lock:
-            self._published = ""
-            if self._store is not None:
+            published, self._published = self._published, ""
+            if published and self._store is not None:
                 self._withdraw(self._store)
 
     def _publish_first(self, store: MetadataStore, text: str, buffers: int) -> None:
@@ -196,7 +196,7 @@ class Directory:
     def _put(self, store: MetadataStore, text: str, buffers: int) -> None:
         try:
             store.publish(self._segment_key(self.name), text)
-        except MetadataUnavailable:
+        except (MetadataUnavailable, NameInUse):
             raise
         except MetadataError as error:
             raise MetadataError(
