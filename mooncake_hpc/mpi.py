@@ -1,0 +1,193 @@
+"""Ranks: who launched us, and coordination and reduction over MPI. The one module that imports mpi4py.
+
+MPI only says when, and adds up; metadata goes through the metadata store and bytes through the engine. Waiting in
+a blocking MPI call burns a core in every MPI library, so that all waits here test a request and sleep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from mooncake_hpc.address import source_address
+from mooncake_hpc.errors import ConfigError, MooncakeError
+
+T = TypeVar("T")
+FIRST_PORT = 12345  # default segment names under a launcher are <host>:<FIRST_PORT + rank>
+POLL = (0.0002, 0.02)  # seconds between two tests of an MPI request: at first, and at most
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What a launcher's environment says about this process. `size` is 0 where it does not say."""
+
+    launcher: str
+    rank: int
+    size: int
+
+
+def detect(env: Mapping[str, str] | None = None) -> Launch | None:
+    """The launcher of this process, from its environment alone; None for a process started by hand.
+
+    An mpirun inside a Slurm step sets its own variables beside Slurm's, so Slurm's are looked at last; in a batch
+    script, outside of any step, SLURM_STEP_NUM_TASKS is absent.
+    """
+    env = os.environ if env is None else env
+    for launcher, rank, size in (
+        ("Open MPI's mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("a PMI launcher (MPICH's mpiexec, srun --mpi=pmi2)", "PMI_RANK", "PMI_SIZE"),
+        ("MVAPICH's mpirun", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+        ("srun --mpi=pmix", "PMIX_RANK", "SLURM_STEP_NUM_TASKS"),
+        ("a PMIx launcher", "PMIX_RANK", ""),
+        ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ):
+        if rank in env and (not size or size in env):
+            with contextlib.suppress(ValueError):
+                return Launch(launcher, int(env[rank]), int(env[size]) if size else 0)
+    return None
+
+
+def default_name(launch: Launch | None, host: str | None = None) -> str:
+    """The default segment name: the host's name, and under a launcher a port that differs by rank."""
+    host = host or socket.gethostname()
+    return f"{host}:{FIRST_PORT + launch.rank}" if launch else host
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Identity of a machine as far as addresses go: containers of one machine differ in the network namespace."""
+
+    name: str
+    boot_id: str
+    network: str
+    addresses: tuple[str, ...]  # other than loopback
+
+    @classmethod
+    def here(cls) -> Host:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot_id = file.read().strip()
+        return cls(socket.gethostname(), boot_id, os.readlink("/proc/self/ns/net"), tuple(_own_addresses()))
+
+    def same(self, other: Host) -> bool:
+        return (self.name, self.boot_id, self.network) == (other.name, other.boot_id, other.network)
+
+
+def _own_addresses() -> Iterator[str]:
+    """IPv4 addresses of our interfaces, and the source address of the IPv6 default route."""
+    import fcntl
+    import struct
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            with contextlib.suppress(OSError):
+                answer = fcntl.ioctl(query, 0x8915, request)  # SIOCGIFADDR, netdevice(7)
+                address = socket.inet_ntoa(answer[20:24])
+                if not address.startswith("127."):
+                    yield address
+    if address := source_address("2001:db8::1"):  # a documentation prefix: reached by the default route
+        yield address
+
+
+def shared_address(hosts: list[Host], bind_address: str = "") -> str:
+    """Where rank 0 (this process, `hosts[0]`) listens for all ranks.
+
+    127.0.0.1 when every rank is on this host; else `bind_address` if given, else the source address of our
+    routes to the other hosts: the one that serves most of them.
+    """
+    others = [host for host in hosts[1:] if not host.same(hosts[0])]
+    if not others:
+        return "127.0.0.1"
+    if bind_address:
+        return bind_address
+    votes: Counter[str] = Counter()
+    for host in others:
+        sources = {source_address(address) for address in host.addresses}
+        votes.update(source for source in sources if source in hosts[0].addresses)
+    if not votes:
+        names = ", ".join(sorted({host.name for host in others}))
+        raise ConfigError(f"no address of {hosts[0].name} routes to {names}: set MC_TCP_BIND_ADDRESS to one")
+    return votes.most_common(1)[0][0]
+
+
+class World:
+    """MPI_COMM_WORLD. Every collective call has a deadline in seconds and raises TimeoutError, never hangs."""
+
+    def __init__(self, launch: Launch) -> None:
+        """Initialise MPI. ConfigError when the MPI library does not belong to the launcher."""
+        try:
+            from mpi4py import MPI
+        except ImportError as error:
+            raise ConfigError(f"started by {launch.launcher}, but mpi4py is missing or has no MPI: {error}") from None
+        except RuntimeError as error:
+            raise ConfigError(f"started by {launch.launcher}, but no MPI library can be loaded: {error}") from error
+        self._mpi, self._comm = MPI, MPI.COMM_WORLD
+        self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
+        if launch.size and self.size != launch.size:
+            library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
+            raise ConfigError(
+                f"{launch.launcher} started {launch.size} processes, but to mpi4py's MPI library ({library}) the job "
+                f"has size {self.size}: the launcher and the library do not match. Use the mpirun of that library, "
+                f"or install the library of this launcher (`python -m mpi4py --mpi-library` shows it)"
+            )
+        self.host = Host.here()
+
+    def barrier(self, timeout: float, what: str) -> None:
+        """Wait for all ranks. TimeoutError says `what` was waited for."""
+        self._wait(self._comm.Ibarrier(), timeout, what)
+
+    def gather(self, value: T, timeout: float, what: str) -> list[T]:
+        """Every rank's value, by rank, on rank 0; an empty list on the others."""
+        self.barrier(timeout, what)
+        return self._comm.gather(value, root=0) or []
+
+    def allgather(self, value: T, timeout: float, what: str) -> list[T]:
+        """Every rank's value, by rank."""
+        self.barrier(timeout, what)
+        result: list[T] = self._comm.allgather(value)
+        return result
+
+    def broadcast(self, value: T | None, timeout: float, what: str) -> T:
+        """Rank 0's value on every rank."""
+        self.barrier(timeout, what)
+        result: T = self._comm.bcast(value, root=0)
+        return result
+
+    def _wait(self, request: Any, timeout: float, what: str) -> None:
+        deadline, pause = time.monotonic() + timeout, POLL[0]
+        while not request.Test():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"rank {self.rank} waited {timeout:.0f} s for all {self.size} ranks: {what}")
+            time.sleep(pause)
+            pause = min(pause * 1.5, POLL[1])
+
+    def abort(self, code: int) -> None:
+        """End all ranks of the job at once with a non-zero exit code; does not return."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._comm.Abort(code)
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Inside, an exception on any rank ends the job with its message and exit code 1, as others may wait."""
+        try:
+            yield
+        except BaseException as error:
+            code = 130 if isinstance(error, KeyboardInterrupt) else 1
+            if isinstance(error, SystemExit):
+                if not error.code:
+                    raise
+                code = error.code if isinstance(error.code, int) else 1
+            if not isinstance(error, MooncakeError | TimeoutError | KeyboardInterrupt | SystemExit):
+                traceback.print_exc()
+            print(f"rank {self.rank} on {self.host.name}: {type(error).__name__}: {error}", file=sys.stderr)
+            self.abort(code)
+            raise
