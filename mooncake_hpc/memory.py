@@ -7,8 +7,11 @@ It is sealed against resizing, so that no holder can make another one die of SIG
 from __future__ import annotations
 
 import fcntl
+import itertools
 import mmap
 import os
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -21,6 +24,8 @@ from mooncake_hpc.errors import RegistrationError
 Bytes = npt.NDArray[np.uint8]
 
 SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_serials = itertools.count(1)
+_open: weakref.WeakValueDictionary[int, MemoryFile] = weakref.WeakValueDictionary()
 HOST_DEVICES = {1: "CPU", 3: "CUDA pinned host", 11: "ROCm pinned host"}  # DLDeviceType in dlpack.h
 
 
@@ -64,6 +69,9 @@ class MemoryFile:
         self._array: Bytes | None = np.frombuffer(mmap.mmap(self._fd, nbytes), np.uint8)
         self.address = int(self._array.ctypes.data)
         self.nbytes = nbytes
+        self.serial = next(_serials)  # no other memory file of this process ever has it
+        self._at_close: list[Callable[[int], object]] = []
+        _open[self.serial] = self
 
     @property
     def array(self) -> Bytes:
@@ -82,8 +90,17 @@ class MemoryFile:
     def close(self) -> None:
         """Give up the descriptor and this object's share of the mapping. Idempotent; views stay valid."""
         fd, self._fd, self._array = self._fd, -1, None
-        if fd >= 0:
-            os.close(fd)
+        if fd < 0:
+            return
+        os.close(fd)
+        if hasattr(self, "serial"):
+            _open.pop(self.serial, None)
+            while self._at_close:
+                self._at_close.pop()(self.serial)
+
+    def at_close(self, callback: Callable[[int], object]) -> None:
+        """Have `callback(serial)` called by `close()`; it may be any thread, and must not raise."""
+        self._at_close.append(callback)
 
     def __enter__(self) -> MemoryFile:
         return self
@@ -96,6 +113,15 @@ class MemoryFile:
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
             self.close()
+
+
+def containing(address: int, nbytes: int) -> MemoryFile | None:
+    """The open memory file of this process in which these bytes lie."""
+    for reference in _open.valuerefs():
+        file = reference()
+        if file is not None and file.address <= address and address + nbytes <= file.address + file.nbytes:
+            return file
+    return None
 
 
 def _check_size(nbytes: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mooncake_hpc.errors import RegistrationError
-from mooncake_hpc.memory import MemoryFile, describe
+from mooncake_hpc.memory import MemoryFile, containing, describe
 
 
 def open_descriptors() -> set[str]:
@@ -171,3 +171,16 @@ def test_device_memory_is_refused() -> None:
 def test_what_cannot_be_registered(obj: object, match: str) -> None:
     with pytest.raises(RegistrationError, match=match):
         describe(obj)
+
+
+def test_containing_finds_open_files_by_address() -> None:
+    with MemoryFile(8192) as memory, MemoryFile(4096) as other:
+        closed: list[int] = []
+        memory.at_close(closed.append)
+        view = memory.array[10:]
+        assert containing(view.ctypes.data, view.nbytes) is memory
+        assert containing(other.address, 4096) is other
+        assert containing(view.ctypes.data, 8192) is None
+        assert containing(np.zeros(8).ctypes.data, 8) is None
+        memory.close()
+        assert containing(view.ctypes.data, view.nbytes) is None and closed == [memory.serial]
