@@ -27,7 +27,7 @@ from mooncake_hpc.kernels.native import (
     write,
 )
 
-# --- lane block -------------------------------------------------------------------------------------------------
+# --- lane block
 OWNER = 0  # 1 while a thread moves this lane's bytes
 HEAD = 8  # entries completed since the start
 TAIL = 16  # entries queued since the start
@@ -50,14 +50,14 @@ LANE_WORDS = 64  # the words from 128 to 495 belong to the transport
 
 DOWN, UP, CLOSED = 0, 1, 2
 
-# --- entry: 4 words -----------------------------------------------------------------------------------------------
+# --- entry: 4 words
 ENTRY, ENTRY_SLICES, ENTRY_COUNT, ENTRY_BATCH = 32, 0, 8, 16
 
-# --- slice: 4 words -------------------------------------------------------------------------------------------------
+# --- slice: 4 words
 SLICE, LOCAL, REMOTE, LENGTH, META = 32, 0, 8, 16, 24  # META: request index << 8 | flags
 WRITING, SKIPPED, HIDDEN = 1, 2, 4  # flags: opcode; never sent; a fence of the lane's own, no request's slice
 
-# --- batch block -------------------------------------------------------------------------------------------------------
+# --- batch block
 REMAINING = 0  # slices not yet completed
 WORD = 8  # futex word: odd when the batch is done
 ERROR = 16  # code of the first failure
@@ -70,10 +70,10 @@ PENDING = 64  # address of an int64 a request: its slices not yet completed
 BATCH_ONE = 72  # holds 1, written to eventfds
 BATCH_WORDS = 16
 
-# --- failure codes of a slice, negative as bytes ---------------------------------------------------------------------------
+# --- failure codes of a slice, negative as bytes
 REJECTED, LOST, TIMED_OUT, CANCELLED, MALFORMED = -1, -2, -3, -4, -5
 
-# --- what `drive` returns ---------------------------------------------------------------------------------------------------
+# --- what `drive` returns
 FINISHED, AGAIN, BROKEN, EMPTY = 0, 1, 2, 3
 
 
@@ -95,6 +95,13 @@ def finish_slice(batch, meta, code):
             futex_wake(batch + WORD, 1 << 30)
         if event >= 0:
             write(event, batch + BATCH_ONE, 8)
+
+
+@kernel
+def abandon(slices, count, batch, code):
+    """Fail slices that could not be queued."""
+    for index in range(count):
+        finish_slice(batch, get(slices + SLICE * index + META), code)
 
 
 @kernel
@@ -258,3 +265,20 @@ def neglected(lane, head_before):
     """Whether something is queued that nobody moves: same head as before, no leader."""
     head = load(lane + HEAD)
     return head == head_before and head != load(lane + TAIL) and load(lane + OWNER) == 0
+
+
+@kernel
+def await_work(lane):
+    """The lane thread's sleep while the lane is DOWN: until something is queued or it is rung."""
+    word = load(lane + BELL_WORD)
+    store(lane + RESTING, 1)
+    fence()
+    if load(lane + STATE) == DOWN and load(lane + HEAD) == load(lane + TAIL):
+        futex_wait(lane + BELL_WORD, word, 10_000_000_000)
+    store(lane + RESTING, 0)
+
+
+@kernel
+def go_up(lane):
+    """DOWN to UP, unless the lane was closed meanwhile."""
+    compare_exchange(lane + STATE, DOWN, UP)

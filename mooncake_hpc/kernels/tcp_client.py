@@ -76,7 +76,7 @@ from mooncake_hpc.kernels.native import (
     store,
 )
 
-# --- words of the lane block ------------------------------------------------------------------------------------
+# --- words of the lane block
 FD = 128
 VERSION = 136  # framing: 1 or 2
 SEND_SEQ, SEND_SLICE = 144, 152
@@ -114,6 +114,20 @@ def reset(lane):
     for word in (SEND_AT, SEND_END, RECEIVE_AT, RECEIVE_END, WINDOW_DONE, RECEIVED):
         put(lane + word, 0)
     put(lane + PROGRESS, now())
+
+
+@kernel
+def writes_in_flight(lane):
+    """Whether a WRITE has been given to the socket, wholly or partly, and not completed."""
+    seq, at = get(lane + HEAD), get(lane + DONE_SLICES)
+    while seq < get(lane + SEND_SEQ) or (seq == get(lane + SEND_SEQ) and at < get(lane + SEND_SLICE)):
+        entry = _entry(lane, seq)
+        if get(get(entry + ENTRY_SLICES) + SLICE * at + META) & WRITING:
+            return True
+        at += 1
+        if at == get(entry + ENTRY_COUNT):
+            seq, at = seq + 1, 0
+    return False
 
 
 @kernel

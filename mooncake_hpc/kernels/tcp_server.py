@@ -31,7 +31,7 @@ from mooncake_hpc.kernels.ranges import reach
 from mooncake_hpc.kernels.tcp_client import DONTWAIT, EAGAIN, EINTR, LIST, NAP, NOSIGNAL, POLLIN, POLLOUT, advance
 from mooncake_hpc.kernels.tcp_client import VERSION_2 as FRAMING_2
 
-# --- words of a connection's block ------------------------------------------------------------------------------
+# --- words of a connection's block
 FD = 0
 STOP = 8  # set by others: end at the next look
 BUSY = 16  # version of the tables in use; 0: refers to no registered memory
@@ -49,7 +49,7 @@ MESSAGE = 176  # struct msghdr, 7 words
 PAIR = 232  # two struct iovecs
 CONNECTION_WORDS = 40
 
-# --- words of the exports block, one an engine ------------------------------------------------------------------
+# --- words of the exports block, one an engine
 EXPORT_VERSION, EXPORT_TABLES = 0, 8  # EXPORT_TABLES: tables readable, writable (as for `cut`)
 SPINNING, SPINNING_LIMIT = 24, 32
 EXPORT_WORDS = 8

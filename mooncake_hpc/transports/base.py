@@ -1,0 +1,110 @@
+"""What a transport is to the engine, and what the engine is to a transport."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from mooncake_hpc.kernels import ranges
+from mooncake_hpc.memory import MemoryFile
+from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
+from mooncake_hpc.transports.lane import Lane
+
+WHOLE = 1 << 62  # slice limit of a route with one lane: no reason to cut
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """Memory of this process that transports may touch. `owner` keeps it in place, `file` is set by `allocate()`."""
+
+    address: int
+    length: int
+    location: str
+    readonly: bool
+    remote_accessible: bool
+    owner: object = field(repr=False, compare=False)
+    file: MemoryFile | None = field(default=None, repr=False, compare=False)
+
+
+class Tables:
+    """A pair of range tables, readable and writable, at one address for the kernels."""
+
+    def __init__(self, readable: Sequence[tuple[int, int]], writable: Sequence[tuple[int, int]]) -> None:
+        self._tables = ranges.table(readable), ranges.table(writable)
+        self.pair = np.array([table.ctypes.data for table in self._tables], np.int64)
+        self.address = int(self.pair.ctypes.data)
+
+    def holds(self, write: bool, address: int, length: int) -> bool:
+        """Whether the ranges hold [address, address + length), length above 0."""
+        return bool(ranges.covered(int(self.pair[write]), address, length))
+
+
+class Peer(Protocol):
+    """A remote segment as a transport sees it."""
+
+    name: str
+
+    @property
+    def descriptor(self) -> SegmentDescriptor:
+        """As last read."""
+
+    def refresh(self) -> SegmentDescriptor:
+        """Read the descriptor again. Raises PeerLost when its process is another one than before, or is gone."""
+
+    def endpoint(self) -> tuple[str, int]:
+        """Host and port of its TCP data port."""
+
+    def fence(self, connection: str, timeout: float) -> bool:
+        """Whether nothing sent over that data connection can land any more (False: the peer cannot tell)."""
+
+
+class Route(ABC):
+    """The way of one transport to one peer: its lanes, and which remote ranges they reach."""
+
+    transport: str
+    lanes: list[Lane]
+    slice_limit: int = WHOLE
+    fence_byte: int = 0  # scratch address for version 1's fences, see `ranges.cut`
+
+    def __init__(self, descriptor: SegmentDescriptor) -> None:
+        self.update(descriptor)
+
+    def update(self, descriptor: SegmentDescriptor) -> None:
+        """Take over a newer descriptor of the same generation."""
+        spans = [(b.address, b.address + b.length, b.readonly) for b in self.reachable(descriptor)]
+        self.tables = Tables([(s, e) for s, e, _ in spans], [(s, e) for s, e, readonly in spans if not readonly])
+
+    def reachable(self, descriptor: SegmentDescriptor) -> Sequence[BufferDescriptor]:
+        """The buffers that this route can move bytes to and from."""
+        return descriptor.buffers
+
+    def close(self) -> None:
+        """Close all lanes. Idempotent."""
+        for lane in self.lanes:
+            lane.close()
+
+
+class Transport(ABC):
+    """Moves bytes one way: serves our registrations to others, and makes routes to peers."""
+
+    name: str
+
+    @abstractmethod
+    def export(self, registrations: Sequence[Registration], *, shrinks: bool) -> None:
+        """Serve exactly these from now on; with `shrinks`, return only once no peer can touch the others any more."""
+
+    @abstractmethod
+    def describe(self, descriptor: SegmentDescriptor) -> SegmentDescriptor:
+        """Add to what we publish how peers reach us by this transport."""
+
+    @abstractmethod
+    def connect(self, peer: Peer) -> Route | None:
+        """A route to the peer, or None where it offers none. Raises PeerLost."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop serving; release everything. Idempotent."""

@@ -1,0 +1,157 @@
+"""Python's half of a lane: its state block, its producers, its thread, and what repairs it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mooncake_hpc.errors import PeerLost, TransferTimeout
+from mooncake_hpc.kernels import lane as layout
+
+if TYPE_CHECKING:
+    from mooncake_hpc.batch import Batch
+
+log = logging.getLogger(__name__)
+
+DEPTH = 1024  # batches in a lane's queue; more wait in `push`
+SPIN = 50_000  # ns: longer than a loopback round trip, shorter than what a sleep and a wake-up cost
+
+
+def spin_time() -> int:
+    """How long to poll before sleeping, in ns: not at all where the peer needs our only core."""
+    return SPIN if len(os.sched_getaffinity(0)) > 1 else 0
+
+
+class Lane(ABC):
+    """Carries slices to and from one peer in order. Subclasses name two kernels and repair the connection.
+
+    `drive(lane, batch, until)` moves bytes for whoever waits, `attend(lane)` for those that nobody waits on; both
+    return when the lane is DOWN, upon which its thread calls `repair`.
+    """
+
+    drive_kernel: Any
+    attend_kernel: Any
+
+    def __init__(self, name: str, peer: str, patience: float) -> None:
+        self.name, self.peer = name, peer
+        self.last_error = ""
+        self.words = np.zeros(layout.LANE_WORDS, np.int64)
+        self.address = int(self.words.ctypes.data)
+        self._ring = np.zeros(DEPTH * layout.ENTRY // 8, np.int64)
+        self._doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._set(layout.RING, int(self._ring.ctypes.data))
+        self._set(layout.DEPTH, DEPTH)
+        self._set(layout.DOORBELL, self._doorbell)
+        self._set(layout.LANE_ONE, 1)
+        self._set(layout.SPIN, spin_time())
+        self._set(layout.PATIENCE, int(patience * 1e9))
+        self._lock = threading.Lock()
+        self._queued: deque[tuple[int, Batch]] = deque()
+        self._thread = threading.Thread(target=self._run, name=f"mooncake-{name}", daemon=True)
+
+    @property
+    def pending(self) -> bool:
+        """Whether anything is queued."""
+        return self._get(layout.HEAD) != self._get(layout.TAIL)
+
+    @property
+    def bytes(self) -> int:
+        """Payload bytes completed since the start."""
+        return int(self.words[layout.BYTES // 8])
+
+    def push(self, batch: Batch, slices: int, count: int, deadline: float) -> None:
+        """Queue an entry; waits for room. Raises TransferTimeout at `deadline` (time.monotonic()), PeerLost if closed."""
+        while True:
+            with self._lock:
+                self._release()
+                number = layout.enqueue(self.address, slices, count, batch.address)
+                if number > 0:
+                    self._queued.append((number, batch))
+                    return
+            if number < 0:
+                raise PeerLost(f"{self.peer}: the connection is closed")
+            if time.monotonic() > deadline:
+                raise TransferTimeout(f"{self.peer}: {DEPTH} batches are queued and none ended before the deadline")
+            with self._lock:
+                oldest = self._queued[0][1]
+            self.drive(oldest.address, time.monotonic_ns() + 50_000_000)
+
+    def drive(self, batch: int, until: int) -> int:
+        """Move bytes or wait, at most until `until` (time.monotonic_ns()), for the batch at this address."""
+        return int(self.drive_kernel(self.address, batch, until))
+
+    def hurry(self) -> None:
+        """Have the lane's thread move the queue at once: somebody waits who cannot."""
+        layout.hurry(self.address)
+
+    @abstractmethod
+    def interrupt(self) -> None:
+        """Cut the connection under a cancelled batch; the others' slices go on over a new one."""
+
+    @abstractmethod
+    def repair(self) -> None:
+        """Called by the lane's thread, as the lane's owner, when it is DOWN: leave it UP, or its queue failed."""
+
+    def close(self) -> None:
+        """Fail what is queued, end the thread, release everything. Idempotent."""
+        self._set(layout.STATE, layout.CLOSED)
+        if not self._thread.is_alive():
+            self._finish()
+            return
+        self.interrupt()
+        layout.ring_thread(self.address)
+        layout.ring_leader(self.address)
+        self._thread.join(10.0)
+
+    def _finish(self) -> None:
+        layout.seize(self.address, time.monotonic_ns() + 5_000_000_000)
+        layout.fail_all(self.address, layout.CANCELLED)
+        self.disconnect()
+        with self._lock:  # producers ring the doorbell under it
+            self._queued.clear()
+            doorbell, self._doorbell = self._doorbell, -1
+        if doorbell >= 0:
+            os.close(doorbell)
+
+    @abstractmethod
+    def disconnect(self) -> None:
+        """Close the connection for good."""
+
+    def _run(self) -> None:
+        while self._get(layout.STATE) != layout.CLOSED:
+            try:
+                self.attend_kernel(self.address)
+                if self._get(layout.STATE) == layout.DOWN:
+                    self._repair()
+                    layout.await_work(self.address)
+            except Exception:
+                log.exception("%s: lane %s", self.peer, self.name)
+                time.sleep(0.05)
+        self._finish()
+
+    def _repair(self) -> None:
+        if not layout.seize(self.address, time.monotonic_ns() + 1_000_000_000):
+            return
+        try:
+            self.repair()
+        finally:
+            self._set(layout.OWNER, 0)
+
+    def _release(self) -> None:
+        """Drop the batches that have left the queue."""
+        head = self._get(layout.HEAD)
+        while self._queued and self._queued[0][0] <= head:
+            self._queued.popleft()
+
+    def _get(self, word: int) -> int:
+        return int(self.words[word // 8])
+
+    def _set(self, word: int, value: int) -> None:
+        self.words[word // 8] = value

@@ -1,0 +1,41 @@
+"""The original's TCP data protocol, in both roles."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mooncake_hpc.segment import SegmentDescriptor
+from mooncake_hpc.settings import Settings
+from mooncake_hpc.transports.base import Peer, Registration, Transport
+from mooncake_hpc.transports.tcp.client import TcpRoute
+from mooncake_hpc.transports.tcp.server import TcpServer
+
+
+class TcpTransport(Transport):
+    """Serves our registrations on `listener`, published as `host`."""
+
+    name = "tcp"
+
+    def __init__(self, listener: socket.socket, host: str, settings: Settings) -> None:
+        self._settings = settings
+        self._host = host
+        self.server = TcpServer(listener, settings.tcp_progress_timeout)
+
+    def export(self, registrations: Sequence[Registration], *, shrinks: bool) -> None:
+        self.server.export(registrations, shrinks=shrinks)
+
+    def describe(self, descriptor: SegmentDescriptor) -> SegmentDescriptor:
+        return replace(
+            descriptor,
+            tcp_data_host=self._host,
+            tcp_data_port=self.server.port,
+            tcp_proto_version=self._settings.tcp_proto,
+        )
+
+    def connect(self, peer: Peer) -> TcpRoute:
+        return TcpRoute(peer, self._settings)
+
+    def close(self) -> None:
+        self.server.close()

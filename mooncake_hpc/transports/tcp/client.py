@@ -1,0 +1,195 @@
+"""The initiator's side: lanes over one TCP connection each, made on first use and remade when they break."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import socket
+import time
+
+import numpy as np
+
+from mooncake_hpc.address import join, resolve
+from mooncake_hpc.errors import MooncakeError
+from mooncake_hpc.kernels import lane as layout
+from mooncake_hpc.kernels import tcp_client as native
+from mooncake_hpc.settings import Settings
+from mooncake_hpc.transports.base import WHOLE, Peer, Route
+from mooncake_hpc.transports.lane import Lane
+
+ATTEMPTS = 3  # connections in a row without one more completed slice before the queue fails
+BACKOFF = 0.05  # seconds before the second attempt, doubled for each further one
+FENCE_TIMEOUT = 5.0  # seconds for the peer to end a broken connection
+CUT = 16 << 20  # slice size where several lanes share a request
+
+
+class TcpLane(Lane):
+    """One connection at a time. A broken one is fenced before its slices go over the next."""
+
+    drive_kernel = staticmethod(native.drive)
+    attend_kernel = staticmethod(native.attend)
+
+    def __init__(self, name: str, peer: Peer, settings: Settings) -> None:
+        super().__init__(name, peer.name, settings.tcp_progress_timeout)
+        self._peer = peer
+        self._settings = settings
+        self._socket: socket.socket | None = None
+        self._connections = 0
+        self._stuck_at = (-1, -1)
+        self._failures = 0
+        self._buffers = np.zeros(4 * native.LIST + 4 * native.WINDOW, np.int64)
+        base = int(self._buffers.ctypes.data)
+        self._set(native.SEND_LIST, base)
+        self._set(native.RECEIVE_LIST, base + 16 * native.LIST)
+        self._set(native.HEADERS, base + 32 * native.LIST)
+        self._set(native.STATUSES, base + 32 * native.LIST + 24 * native.WINDOW)
+        self.version = 2 if settings.tcp_proto == 2 and peer.descriptor.tcp_proto_version >= 2 else 1
+        self._set(native.VERSION, self.version)
+        self._thread.start()
+
+    def interrupt(self) -> None:
+        with self._lock:
+            if self._socket is not None:
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+
+    def disconnect(self) -> None:
+        with self._lock:
+            connection, self._socket = self._socket, None
+        if connection is not None:
+            connection.close()
+
+    def repair(self) -> None:
+        if self._socket is not None:
+            self._bury()
+        while self.pending and self._get(layout.STATE) == layout.DOWN:
+            try:
+                self._connect()
+                return
+            except (OSError, MooncakeError) as error:
+                self.last_error = str(error)
+                self._failures += 1
+                if self._failures >= ATTEMPTS or isinstance(error, MooncakeError):
+                    self._fail(layout.LOST)
+                    return
+                time.sleep(BACKOFF * 2**self._failures)
+
+    # --- inside ---------------------------------------------------------------------------------------------
+
+    def _bury(self) -> None:
+        """Make sure of the broken connection's end, and fail what cannot be sent again."""
+        cause = self._get(layout.CAUSE)
+        self.last_error = f"connection {self._where}: {_explain(cause, self._settings)}"
+        if cause == layout.REJECTED:  # the peer stops at the request that it refuses
+            layout.finish_head(self.address, layout.REJECTED)
+        elif cause in (layout.TIMED_OUT, layout.MALFORMED):
+            self._fail(cause)
+        elif not self._fenced():
+            self._fail(layout.LOST)
+        else:
+            self._count_failure()
+        self.disconnect()
+
+    def _count_failure(self) -> None:
+        at = self._get(layout.HEAD), self._get(layout.DONE_SLICES)
+        self._failures = self._failures + 1 if at == self._stuck_at else 0
+        self._stuck_at = at
+        if self._failures >= ATTEMPTS:
+            self._fail(layout.LOST)
+
+    def _fail(self, code: int) -> None:
+        layout.fail_all(self.address, code)
+        self._failures = 0
+        self._stuck_at = (-1, -1)
+
+    def _fenced(self) -> bool:
+        """Whether no WRITE sent over the broken connection can land any more."""
+        if not native.writes_in_flight(self.address):
+            return True
+        if self._peer.descriptor.generation:
+            try:
+                return self._peer.fence(self._identity, FENCE_TIMEOUT)
+            except MooncakeError as error:
+                self.last_error = f"{self.last_error}; {error}"
+                return False
+        return self._read_to_end()
+
+    def _read_to_end(self) -> bool:
+        """A peer that cannot be asked has taken everything once it closes in answer to our FIN."""
+        assert self._socket is not None
+        deadline = time.monotonic() + FENCE_TIMEOUT
+        try:
+            self._socket.shutdown(socket.SHUT_WR)
+            while (left := deadline - time.monotonic()) > 0:
+                self._socket.settimeout(left)
+                if not self._socket.recv(1 << 18):
+                    return True
+        except OSError:
+            pass
+        return False
+
+    def _connect(self) -> None:
+        if self._connections:
+            self._peer.refresh()
+        self._connections += 1
+        host, port = self._peer.endpoint()
+        self._where = join(host, port)
+        connection = _dial(host, port, self._settings)
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        number = secrets.randbits(55) + 1
+        self._identity = f"{number:014x}"
+        with self._lock:
+            self._socket = connection
+        self._set(native.CONNECTION, number)
+        self._set(native.FD, connection.fileno())
+        native.reset(self.address)
+        layout.go_up(self.address)
+
+
+class TcpRoute(Route):
+    """All connections to one peer. Versions of the original that acknowledge no WRITE get one lane only."""
+
+    transport = "tcp"
+
+    def __init__(self, peer: Peer, settings: Settings) -> None:
+        super().__init__(peer.descriptor)
+        count = settings.tcp_lanes_per_peer or max(1, min(4, len(os.sched_getaffinity(0)) // 2))
+        first = TcpLane(f"tcp/{peer.name}/0", peer, settings)
+        self.lanes = [first]
+        if first.version == 1:
+            self._scratch = np.zeros(1, np.int64)
+            self.fence_byte = int(self._scratch.ctypes.data)
+        else:
+            self.lanes += [TcpLane(f"tcp/{peer.name}/{n}", peer, settings) for n in range(1, count)]
+        self.slice_limit = WHOLE if len(self.lanes) == 1 else CUT
+
+
+def _dial(host: str, port: int, settings: Settings) -> socket.socket:
+    """Connect to the first of the host's addresses that accepts. Raises OSError."""
+    timeout = settings.handshake_connect_timeout
+    failure: OSError = OSError(f"{host!r} has no address")
+    for family, kind, protocol, _, target in resolve(host, port, timeout):
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(timeout)
+            connection.connect(target)
+            return connection
+        except OSError as error:
+            connection.close()
+            failure = OSError(error.errno, f"cannot connect to data port {join(host, port)}: {error.strerror or error}")
+    raise failure
+
+
+def _explain(cause: int, settings: Settings) -> str:
+    if cause == native.EOF:
+        return "closed by the peer"
+    if cause == layout.TIMED_OUT:
+        return f"no progress for {settings.tcp_progress_timeout:g} s (MC_TCP_PROGRESS_TIMEOUT_SEC)"
+    if cause == layout.REJECTED:
+        return "the peer refused the address"
+    if cause == layout.MALFORMED:
+        return "the reply is no status word of protocol version 2; try MC_TCP_PROTO=1"
+    return f"{errno.errorcode.get(cause, cause)}: {os.strerror(cause) if cause > 0 else 'unknown'}"
