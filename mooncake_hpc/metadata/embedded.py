@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import secrets
 import shutil
 import socket
 import subprocess
@@ -26,16 +27,15 @@ from mooncake_hpc.settings import Settings
 log = logging.getLogger(__name__)
 
 START_TIMEOUT = 20.0  # seconds; it takes 0.1 on an idle machine
+PROBE_TIMEOUT = 1.0  # seconds
 STOP_TIMEOUT = 2 * _supervisor.STOP_TIMEOUT
 PORT_ATTEMPTS = 5  # between choosing a free port and etcd's binding it, somebody else may take it
 USER = "root"  # etcd's only user that may switch authentication on
 PEER_URL = "unix://peer:0"  # a socket in etcd's own folder: nobody else can reach it, and it cannot clash
 FLAGS = [
-    "--name=embedded",
     "--data-dir=data",
     f"--listen-peer-urls={PEER_URL}",
     f"--initial-advertise-peer-urls={PEER_URL}",
-    f"--initial-cluster=embedded={PEER_URL}",
     "--heartbeat-interval=10",  # a cluster of one elects itself: ready in 0.1 s instead of 1 s
     "--election-timeout=100",
     "--auto-compaction-mode=revision",
@@ -99,7 +99,9 @@ class EmbeddedEtcd:
         self.port = _free_port(self._family, self._address)
         self.endpoint = _join(_reachable(self._family, self._address), self.port)  # for clients, "host:port"
         url = f"http://{_join(self._address, self.port)}"
-        etcd = [self._binary, f"--listen-client-urls={url}", f"--advertise-client-urls={url}", *FLAGS]
+        self._name = secrets.token_hex(8)
+        etcd = [self._binary, f"--name={self._name}", f"--initial-cluster={self._name}={PEER_URL}"]
+        etcd += [f"--listen-client-urls={url}", f"--advertise-client-urls={url}", *FLAGS]
         starter = [str(self._starter), tempfile.gettempdir()]
         if not sys.executable:
             raise ConfigError("an embedded etcd needs a Python to watch over it, and sys.executable is empty")
@@ -123,13 +125,20 @@ class EmbeddedEtcd:
     def _await_health(self, deadline: float) -> None:
         while True:
             with contextlib.suppress(OSError, HTTPException, ValueError):
-                if self._request("GET", "/health", deadline).get("health") == "true":
+                if self._serves(min(deadline, time.monotonic() + PROBE_TIMEOUT)):
                     return
             if self._supervisor.poll() is not None:
                 raise self._start_error("it ended")
             if time.monotonic() > deadline:
                 raise self._start_error(f"it does not serve within {START_TIMEOUT:g} s")
             time.sleep(0.01)
+
+    def _serves(self, deadline: float) -> bool:
+        """Whether our etcd is ready; another one may have taken the port and be ready too."""
+        if self._request("GET", "/health", deadline).get("health") != "true":
+            return False
+        members = self._request("POST", "/v3/cluster/member/list", deadline, {}).get("members", [])
+        return [member.get("name") for member in members] == [self._name]
 
     def _enable_auth(self, password: str, deadline: float) -> None:
         for path, body in [
