@@ -1,0 +1,206 @@
+"""The control plane against the original: its Python API and our control server, in P2PHANDSHAKE mode."""
+
+import ctypes
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mooncake_hpc.address import join
+from mooncake_hpc.control import client
+from mooncake_hpc.control.directory import Directory
+from mooncake_hpc.control.frames import Kind
+from mooncake_hpc.control.server import ControlServer, Handlers, Notifications, open_rpc_listener
+from mooncake_hpc.errors import NameInUse
+from mooncake_hpc.metadata.memory import MemoryStore
+from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
+from mooncake_hpc.settings import Settings
+
+pytestmark = pytest.mark.interop
+
+SETTINGS = Settings()
+CHECKOUT = Path(__file__).parents[1]
+LENGTH = 1 << 16
+
+# Runs under the original's Python: reads JSON calls [method, arguments...] from stdin, answers a JSON line each
+PEER = """
+import ctypes, json, sys, os
+answers = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)  # the original logs to stdout
+from mooncake.engine import TransferEngine, TransferNotify, TransferOpcode
+engine = TransferEngine()
+assert engine.initialize("127.0.0.1:12345", "P2PHANDSHAKE", "tcp", "") == 0
+buffer = ctypes.create_string_buffer(int(sys.argv[1]))
+assert engine.register_memory(ctypes.addressof(buffer), len(buffer)) == 0
+answers.write(json.dumps([engine.get_rpc_port(), ctypes.addressof(buffer)]) + "\\n")
+for line in sys.stdin:
+    method, *arguments = json.loads(line)
+    if method == "get_notifies":
+        answer = [[n.name, n.msg] for n in engine.get_notifies()]
+    elif method == "notify":
+        target, address, name, text = arguments
+        answer = engine.transfer_sync(
+            target, ctypes.addressof(buffer), address, 0, TransferOpcode.Read, TransferNotify(name, text))
+    else:
+        answer = getattr(engine, method)(*arguments) if hasattr(engine, method) else "absent"
+    answers.write(json.dumps(answer) + "\\n")
+os._exit(0)
+"""
+
+
+VERSIONS = ("0.3.13.post1", "0.3.12.post1", "0.3.10.post2")
+
+
+def peer_python(version: str) -> str:
+    """MOONCAKE_PEER_PYTHON stands in for the newest version."""
+    path = CHECKOUT / ".mooncake" / "peers" / version / "bin" / "python"
+    chosen = os.environ.get("MOONCAKE_PEER_PYTHON") if version == VERSIONS[0] else None
+    if not chosen and not path.exists():
+        text = f"no Python with the original's {version} at {path}; launch/test sets it up"
+        if os.environ.get("CI"):
+            pytest.fail(text)
+        pytest.skip(text)
+    return chosen or str(path)
+
+
+class Peer:
+    """The original in a process of its own."""
+
+    def __init__(self, version: str = VERSIONS[0]) -> None:
+        env = dict(os.environ, MC_TCP_BIND_ADDRESS="127.0.0.1", MC_LOG_LEVEL="ERROR")
+        command = [peer_python(version), "-c", PEER, str(LENGTH)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+        )
+        self.port, self.buffer = self._answer()
+
+    @property
+    def name(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def call(self, method: str, *arguments: object) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([method, *arguments]) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            assert self.process.stderr is not None
+            pytest.fail(f"the original ended: {self.process.stderr.read()[-2000:]}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate(timeout=10)
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def peer(request: pytest.FixtureRequest) -> Iterator[Peer]:
+    original = Peer(request.param)
+    yield original
+    original.close()
+
+
+class Ours:
+    """Our control plane in P2PHANDSHAKE mode, with one published buffer and no data port."""
+
+    def __init__(self) -> None:
+        self.memory = ctypes.create_string_buffer(LENGTH)
+        listener = open_rpc_listener("x", "127.0.0.1", SETTINGS, peer_to_peer=True)
+        port = listener.getsockname()[1]
+        self.directory = Directory("x", None, SETTINGS, generation="g", rpc_host="127.0.0.1", rpc_port=port)
+        self.box = Notifications()
+        handlers = Handlers("g", self.directory.metadata_reply, self.box.put)
+        self.server = ControlServer(listener, handlers, SETTINGS)
+        self.name = self.directory.name
+        buffer = BufferDescriptor(ctypes.addressof(self.memory), LENGTH, "cpu:0")
+        self.directory.publish(SegmentDescriptor(self.name, (buffer,), "127.0.0.1", 1, 2, "g", shm_socket="s"))
+
+
+@pytest.fixture
+def ours() -> Iterator[Ours]:
+    node = Ours()
+    yield node
+    node.server.stop()
+
+
+def test_we_probe_the_original(peer: Peer) -> None:
+    assert client.probe(peer.name, 10, SETTINGS) == client.ProbeReply("", False)
+    assert not client.probe(peer.name, 10, SETTINGS, "any connection", 1).fenced
+
+
+def test_the_original_probes_us(peer: Peer, ours: Ours) -> None:
+    answer = peer.call("send_probe", ours.name)
+    if answer == "absent":
+        return  # 0.3.10 answers probes, but its Python cannot send one
+    assert answer == 0
+    ours.server.stop()
+    assert peer.call("send_probe", ours.name) != 0
+
+
+def test_we_read_the_originals_metadata(peer: Peer, ours: Ours) -> None:
+    descriptor = ours.directory.lookup(peer.name)
+    assert descriptor.name == peer.name
+    assert [(b.address, b.length) for b in descriptor.buffers] == [(peer.buffer, LENGTH)]
+    assert descriptor.generation == ""
+    host, port = ours.directory.data_endpoint(descriptor)
+    assert host == "127.0.0.1"
+    assert 0 < port < 65536
+
+
+def test_the_original_reads_our_metadata(peer: Peer, ours: Ours) -> None:
+    assert peer.call("get_first_buffer_address", ours.name) == ctypes.addressof(ours.memory)
+
+
+def test_we_notify_the_original(peer: Peer) -> None:
+    client.notify(peer.name, "ours:1", "hällo", 10, SETTINGS)
+    client.notify(peer.name, "ours:1", "again", 10, SETTINGS)
+    assert peer.call("get_notifies") == [["ours:1", "hällo"], ["ours:1", "again"]]
+    assert peer.call("get_notifies") == []
+
+
+def test_the_original_notifies_us(peer: Peer, ours: Ours) -> None:
+    """It notifies after a transfer; one of zero bytes needs no data port."""
+    assert peer.call("notify", ours.name, ctypes.addressof(ours.memory), "peer", "done") == 0
+    deadline = time.monotonic() + 5
+    taken = ours.box.take()
+    while not taken and time.monotonic() < deadline:
+        time.sleep(0.05)
+        taken = ours.box.take()
+    assert taken == [("peer", "done")]
+
+
+def test_rdma_handshake_with_a_tcp_node_of_the_original(peer: Peer) -> None:
+    reply = client.exchange(peer.name, Kind.CONNECTION, {"local_nic_path": "a@b"}, 10, SETTINGS)
+    assert reply["qp_num"] == []
+
+
+def test_name_of_a_living_original_is_taken_until_it_is_killed() -> None:
+    original = Peer()
+    with MemoryStore("interop") as store:
+        record = {"ip_or_host_name": "127.0.0.1", "rpc_port": original.port}
+        store.publish("mooncake/rpc_meta/a", json.dumps(record))
+        listener = open_rpc_listener("a", "127.0.0.1", SETTINGS)
+        with listener:
+            directory = Directory(
+                "a",
+                store,
+                SETTINGS,
+                generation="g",
+                rpc_host="127.0.0.1",
+                rpc_port=listener.getsockname()[1],
+            )
+            try:
+                with pytest.raises(NameInUse, match=join("127.0.0.1", original.port)):
+                    directory.publish(SegmentDescriptor("a", generation="g"))
+            finally:
+                original.close()
+            directory.publish(SegmentDescriptor("a", generation="g"))
