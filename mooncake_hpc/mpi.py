@@ -93,8 +93,8 @@ def _own_addresses() -> Iterator[str]:
                 address = socket.inet_ntoa(answer[20:24])
                 if not address.startswith("127."):
                     yield address
-    if address := source_address("2001:db8::1"):  # a documentation prefix: reached by the default route
-        yield address
+    if routed := source_address("2001:db8::1"):  # a documentation prefix: reached by the default route
+        yield routed
 
 
 def shared_address(hosts: list[Host], bind_address: str = "") -> str:
