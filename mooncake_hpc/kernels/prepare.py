@@ -18,8 +18,7 @@ swapped, shifted and missing words; it is no protection against intent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -214,7 +213,7 @@ def checksum(array: Bytes) -> int:
     return finish_checksum((checksum_range(*step) for step in _steps(array)), array.nbytes)
 
 
-def finish_checksum(sums: Iterator[Any], nbytes: int) -> int:
+def finish_checksum(sums: Iterable[int], nbytes: int) -> int:
     """The checksum of an array of `nbytes` bytes from the sums of its pieces."""
     return (sum(int(s) for s in sums) + int(mix(np.uint64(nbytes)))) & MASK
 

@@ -135,6 +135,12 @@ def post(control, number, fields, pieces):
 
 
 @kernel
+def set_tail(control, number):
+    """Tell the workers that all jobs before `number` are done."""
+    native.store(control + TAIL, number)
+
+
+@kernel
 def help_and_wait(control, number, nanoseconds):
     """Run pieces of our job `number`, then sleep until the rest is done: True, or False when time is up."""
     job, deadline = slot(control, number), native.now() + nanoseconds
