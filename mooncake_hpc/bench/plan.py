@@ -14,6 +14,7 @@ from mooncake_hpc.batch import READ, REQUEST, WRITE
 from mooncake_hpc.errors import ConfigError
 
 PATTERNS = ("pairs", "fan_in", "fan_out", "all_to_all")
+AUTO_WORKERS = -1  # as many as WorkerPool thinks fit, where there is work for them
 OPCODES = {"read": READ, "write": WRITE}
 
 
@@ -33,7 +34,7 @@ class BenchConfig:
     duration: float = 10.0
     buffer_size: int = 1 << 30  # a buffer; a target publishes at least two
     pattern: str = "pairs"
-    workers: int = 0  # processes that prepare and verify buffers
+    workers: int = AUTO_WORKERS  # processes that prepare and verify buffers
     warmup: int = 3  # batches a submitter before the timed window
     timeout: float = 30.0  # for a batch, on top of 1 ns a byte; and for peers to appear
     verify: bool = False
@@ -45,9 +46,11 @@ class BenchConfig:
         for name in ("block_size", "batch_size", "threads", "buffer_size", "verify_interval"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name}={getattr(self, name)} must be at least 1")
-        for name in ("workers", "warmup", "seed"):
+        for name in ("warmup", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name}={getattr(self, name)} must not be negative")
+        if not AUTO_WORKERS <= self.workers <= 64:
+            raise ConfigError(f"--workers={self.workers} must be 0 to 64, or -1 for a number that fits the cores")
         for name in ("duration", "timeout"):
             if not 0 < getattr(self, name) < 1e9:
                 raise ConfigError(f"--{name}={getattr(self, name)} must be above 0 and below 1e9 seconds")

@@ -1,0 +1,213 @@
+"""A bench from beginning to end: one target process, one initiator process, or all ranks of an MPI job."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, cast
+
+from mooncake_hpc.bench.node import Initiator, Result, Target
+from mooncake_hpc.bench.plan import AUTO_WORKERS, BenchConfig, roles
+from mooncake_hpc.bench.report import (
+    Units,
+    configuration_lines,
+    final_line,
+    json_object,
+    report_lines,
+    total,
+    write_json,
+)
+from mooncake_hpc.bench.runner import WALL_EXTRA, WALL_FACTOR
+from mooncake_hpc.bench.verify import Preparer
+from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.mpi import Launch, World, default_name, shared_address
+from mooncake_hpc.settings import Settings
+
+if TYPE_CHECKING:
+    from mooncake_hpc import TransferEngine
+    from mooncake_hpc.metadata.embedded import EmbeddedEtcd
+
+EMBEDDED = "embedded"
+SETTLE = 60.0  # seconds that ranks may differ in starting up: interpreters, file systems, kernels
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where results go: `say` prints a line on stdout, `json` is a file's path or ""."""
+
+    say: Callable[[str], None]
+    units: Units
+    json: str = ""
+
+    def report(self, config: BenchConfig, results: Sequence[Result], targets_cpu: float | None) -> int:
+        """Print and write everything; the exit code."""
+        whole = total(results)
+        for line in report_lines(config, results, targets_cpu, self.units):
+            self.say(line)
+        if self.json:
+            write_json(self.json, json_object(config, results, targets_cpu))
+        self.say(final_line(config, whole, self.units))
+        return 1 if whole.failure or whole.wrong else 0
+
+
+@contextlib.contextmanager
+def preparer(config: BenchConfig) -> Iterator[Preparer]:
+    """What fills and verifies buffers: worker processes, started where there is work for them, or this process."""
+    if config.workers == 0 or (config.workers == AUTO_WORKERS and not config.verify):
+        from mooncake_hpc.kernels import prepare
+
+        yield cast(Preparer, prepare)
+        return
+    from mooncake_hpc.workers.pool import WorkerPool
+
+    with WorkerPool(None if config.workers == AUTO_WORKERS else config.workers) as pool:
+        yield cast(Preparer, pool)
+
+
+def _engine(config: BenchConfig, metadata: str, settings: Settings) -> TransferEngine:
+    from mooncake_hpc import TransferEngine
+
+    return TransferEngine(
+        config.local_server_name, metadata, protocol=config.protocol, bind_all=config.bind_all, settings=settings
+    )
+
+
+def _embedded_etcd(host: str, settings: Settings) -> tuple[EmbeddedEtcd, str, Settings]:
+    """A running etcd, its endpoint, and settings to reach it; with a password unless only this host can."""
+    from mooncake_hpc.metadata.embedded import EmbeddedEtcd
+
+    password = "" if host in ("127.0.0.1", "::1") else secrets.token_urlsafe(18)
+    etcd = EmbeddedEtcd(host, password, settings)
+    return etcd, etcd.endpoint, replace(settings, etcd_user=etcd.user, etcd_password=password)
+
+
+def run_target(config: BenchConfig, settings: Settings, output: Output, command: Sequence[str]) -> int:
+    """Publish buffers and serve until KeyboardInterrupt; prints the initiator's `command` with what it needs."""
+    with ExitStack() as stack:
+        metadata = config.metadata_server
+        if metadata == EMBEDDED:
+            from mooncake_hpc.address import published_address
+
+            host = published_address(config.local_server_name, "P2PHANDSHAKE", settings)
+            etcd, metadata, settings = _embedded_etcd(host, settings)
+            stack.enter_context(etcd)
+        engine = stack.enter_context(_engine(config, metadata, settings))
+        target = Target(engine, config)
+        sizes = ", ".join(str(buffer.size) for buffer in target.buffers)
+        output.say(f"target {engine.name} is ready with buffers of {sizes} bytes; the initiator's command:")
+        output.say(initiator_command(config, engine.name, metadata, settings, command))
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(0.1)
+                target.serve()
+        output.say(f"target {engine.name} ends")
+    return 0
+
+
+def initiator_command(
+    config: BenchConfig, segment: str, metadata: str, settings: Settings, command: Sequence[str]
+) -> str:
+    """A command line for the shell that runs an initiator against this target."""
+    host, separator, port = segment.rpartition(":")
+    name = f"{host}:{int(port) + 1}" if separator and port.isdigit() and int(port) < 65535 else f"{segment}-initiator"
+    words = [*command, "--mode=initiator", f"--metadata_server={metadata}", f"--segment_id={segment}"]
+    words += [f"--local_server_name={name}", f"--protocol={config.protocol}"]
+    defaults = {f.name: f.default for f in fields(BenchConfig)}
+    for flag in ("operation", "block_size", "batch_size", "threads", "duration"):
+        if getattr(config, flag) != defaults[flag]:
+            words.append(f"--{flag}={getattr(config, flag)}")
+    login = {}
+    if settings.etcd_password:
+        login = {"MOONCAKE_HPC_ETCD_USER": settings.etcd_user, "MOONCAKE_HPC_ETCD_PASSWORD": settings.etcd_password}
+    return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in login.items()), shlex.join(words)])
+
+
+def run_initiator(config: BenchConfig, settings: Settings, output: Output) -> int:
+    """Address `config.segment_id` for the configured time and report; the exit code."""
+    if config.metadata_server == EMBEDDED:
+        raise ConfigError("--metadata_server=embedded: an initiator on its own needs its target's metadata server")
+    with _engine(config, config.metadata_server, settings) as engine, preparer(config) as prepare:
+        initiator = Initiator(engine, config, [config.segment_id], [0])
+        for line in configuration_lines(config):
+            output.say(line)
+        initiator.warm_up(prepare)
+        before = initiator.target_cpu()
+        result = initiator.run(prepare)
+        after = None if before is None or config.verify or result.measured.failure else initiator.target_cpu()
+        cpu = None if before is None or after is None else after - before
+        return output.report(config, [result], cpu)
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """What a rank hands in: an initiator's result, and the CPU seconds of a rank that was only a target."""
+
+    result: Result | None
+    target_cpu: float | None
+
+
+def run_ranks(config: BenchConfig, settings: Settings, launch: Launch, world: World, output: Output) -> int:
+    """One rank's part of the job; rank 0 reports. The exit code of this rank."""
+    wait = config.timeout + SETTLE
+    with ExitStack() as stack:
+        metadata, settings = _shared_metadata(config, settings, world, stack, wait)
+        config = replace(config, local_server_name=config.local_server_name or default_name(launch))
+        with _engine(config, metadata, settings) as engine:
+            ends = _measure(config, engine, world, output, wait)
+            code = _report_all(config, ends, output) if world.rank == 0 else 0
+        world.barrier(wait, "all ranks withdraw their keys")  # before rank 0 ends an embedded etcd
+    return code
+
+
+def _measure(config: BenchConfig, engine: TransferEngine, world: World, output: Output, wait: float) -> list[_End]:
+    """This rank's roles from buffers to results; every rank's end on rank 0."""
+    all_roles = roles(config.pattern, world.size)
+    role = all_roles[world.rank]
+    if role.initiators:
+        Target(engine, config, len(role.initiators))
+    names = world.allgather(engine.name, wait, "targets publish their buffers")
+    if world.rank == 0:
+        for line in [*configuration_lines(config), f"ranks={world.size}"]:
+            output.say(line)
+    with ExitStack() as stack:
+        initiator = None
+        if role.targets:
+            prepare = stack.enter_context(preparer(config))
+            regions = [all_roles[target].region(world.rank) for target in role.targets]
+            initiator = Initiator(engine, config, [names[target] for target in role.targets], regions)
+            initiator.warm_up(prepare)
+        world.barrier(wait + config.batch_timeout * config.warmup, "initiators connect and warm up")
+        cpu = time.process_time()
+        result = initiator.run(prepare) if initiator else None
+    if result:
+        result.rank = world.rank
+    longest = WALL_FACTOR * config.duration + WALL_EXTRA + 3 * config.batch_timeout + wait
+    world.barrier(longest, "initiators run")
+    target_cpu = None if initiator or config.verify else time.process_time() - cpu
+    return world.gather(_End(result, target_cpu), wait, "results")
+
+
+def _report_all(config: BenchConfig, ends: Sequence[_End], output: Output) -> int:
+    cpus = [end.target_cpu for end in ends if end.target_cpu is not None]
+    return output.report(config, [end.result for end in ends if end.result], sum(cpus) if cpus else None)
+
+
+def _shared_metadata(
+    config: BenchConfig, settings: Settings, world: World, stack: ExitStack, wait: float
+) -> tuple[str, Settings]:
+    """The job's metadata server: what was named, or an etcd that rank 0 starts and tells the others about."""
+    hosts = world.allgather(world.host, wait, "all ranks start")
+    if config.metadata_server != EMBEDDED:
+        return config.metadata_server, settings
+    access = None
+    if world.rank == 0:
+        etcd, endpoint, settings = _embedded_etcd(shared_address(hosts, settings.tcp_bind_address), settings)
+        stack.enter_context(etcd)
+        access = (endpoint, settings.etcd_user, settings.etcd_password)
+    endpoint, user, password = world.broadcast(access, wait, "rank 0 starts etcd")
+    return endpoint, replace(settings, etcd_user=user, etcd_password=password)
