@@ -49,7 +49,7 @@ class Batch:
     """
 
     def __init__(self, requests: Requests) -> None:
-        self._requests = requests
+        self.requests = requests
         count = len(requests)
         self._block = np.zeros(layout.BATCH_WORDS + count + (count + 7) // 8, np.int64)
         self.address = int(self._block.ctypes.data)
@@ -85,10 +85,15 @@ class Batch:
             if number > 0:
                 lane.hurry()
 
+    @property
+    def others(self) -> int:
+        """Requests to other segments that the last `ranges.cut` left out."""
+        return int(self._block[layout.OTHERS // 8])
+
     # --- for the caller -------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return len(self._requests)
+        return len(self.requests)
 
     @property
     def done(self) -> bool:
@@ -200,7 +205,7 @@ class Batch:
         if code == 0:
             return None
         index = int(self._block[layout.ERROR_REQUEST // 8])
-        request = self._requests[index]
+        request = self.requests[index]
         verb = "WRITE to" if request["opcode"] == WRITE else "READ of"
         what = f"{verb} {int(request['remote_addr']):#x}+{int(request['length'])} (request {index}, {self._describe()})"
         cause = "; ".join(dict.fromkeys(lane.last_error for lane in self._lanes if lane.last_error))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mooncake_hpc.errors import MetadataError
@@ -37,6 +37,10 @@ class SegmentDescriptor:
     generation: str = ""  # random a process; empty when the original published it
     shm_socket: str = ""  # abstract Unix socket that hands out the memory files
     extra: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def with_buffers(self, buffers: tuple[BufferDescriptor, ...]) -> SegmentDescriptor:
+        """The same node with other buffers."""
+        return replace(self, buffers=buffers)
 
     def to_json(self) -> str:
         """One line, sorted keys, newline at the end, as the original writes it."""

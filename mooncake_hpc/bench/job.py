@@ -6,10 +6,10 @@ import contextlib
 import secrets
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from mooncake_hpc.bench.node import Initiator, Result, Target
 from mooncake_hpc.bench.plan import AUTO_WORKERS, BenchConfig, roles
@@ -23,7 +23,6 @@ from mooncake_hpc.bench.report import (
     write_json,
 )
 from mooncake_hpc.bench.runner import WALL_EXTRA, WALL_FACTOR
-from mooncake_hpc.bench.verify import Preparer
 from mooncake_hpc.errors import ConfigError
 from mooncake_hpc.mpi import Launch, World, default_name, shared_address
 from mooncake_hpc.settings import Settings
@@ -31,6 +30,7 @@ from mooncake_hpc.settings import Settings
 if TYPE_CHECKING:
     from mooncake_hpc import TransferEngine
     from mooncake_hpc.metadata.embedded import EmbeddedEtcd
+    from mooncake_hpc.workers.pool import WorkerPool
 
 EMBEDDED = "embedded"
 SETTLE = 60.0  # seconds that ranks may differ in starting up: interpreters, file systems, kernels
@@ -55,18 +55,13 @@ class Output:
         return 1 if whole.failure or whole.wrong else 0
 
 
-@contextlib.contextmanager
-def preparer(config: BenchConfig) -> Iterator[Preparer]:
-    """What fills and verifies buffers: worker processes, started where there is work for them, or this process."""
-    if config.workers == 0 or (config.workers == AUTO_WORKERS and not config.verify):
-        from mooncake_hpc.kernels import prepare
-
-        yield cast(Preparer, prepare)
-        return
+def worker_pool(config: BenchConfig) -> WorkerPool:
+    """What fills and verifies buffers: worker processes where there is work for them, else this process."""
     from mooncake_hpc.workers.pool import WorkerPool
 
-    with WorkerPool(None if config.workers == AUTO_WORKERS else config.workers) as pool:
-        yield cast(Preparer, pool)
+    if config.workers == AUTO_WORKERS:
+        return WorkerPool(None if config.verify else 0)
+    return WorkerPool(config.workers)
 
 
 def _engine(config: BenchConfig, metadata: str, settings: Settings) -> TransferEngine:
@@ -131,13 +126,13 @@ def run_initiator(config: BenchConfig, settings: Settings, output: Output) -> in
     """Address `config.segment_id` for the configured time and report; the exit code."""
     if config.metadata_server == EMBEDDED:
         raise ConfigError("--metadata_server=embedded: an initiator on its own needs its target's metadata server")
-    with _engine(config, config.metadata_server, settings) as engine, preparer(config) as prepare:
+    with _engine(config, config.metadata_server, settings) as engine, worker_pool(config) as pool:
         initiator = Initiator(engine, config, [config.segment_id], [0])
         for line in configuration_lines(config):
             output.say(line)
-        initiator.warm_up(prepare)
+        initiator.warm_up(pool)
         before = initiator.target_cpu()
-        result = initiator.run(prepare)
+        result = initiator.run(pool)
         after = None if before is None or config.verify or result.measured.failure else initiator.target_cpu()
         cpu = None if before is None or after is None else after - before
         return output.report(config, [result], cpu)
@@ -177,13 +172,13 @@ def _measure(config: BenchConfig, engine: TransferEngine, world: World, output: 
     with ExitStack() as stack:
         initiator = None
         if role.targets:
-            prepare = stack.enter_context(preparer(config))
+            pool = stack.enter_context(worker_pool(config))
             regions = [all_roles[target].region(world.rank) for target in role.targets]
             initiator = Initiator(engine, config, [names[target] for target in role.targets], regions)
-            initiator.warm_up(prepare)
+            initiator.warm_up(pool)
         world.barrier(wait + config.batch_timeout * config.warmup, "initiators connect and warm up")
         cpu = time.process_time()
-        result = initiator.run(prepare) if initiator else None
+        result = initiator.run(pool) if initiator else None
     if result:
         result.rank = world.rank
     longest = WALL_FACTOR * config.duration + WALL_EXTRA + 3 * config.batch_timeout + wait

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from mooncake_hpc.bench.plan import BenchConfig, Remote, build_requests, check_room
 from mooncake_hpc.bench.runner import Measured, Runner, transfer
-from mooncake_hpc.bench.verify import Bytes, Preparer, Verifier, spans_of
+from mooncake_hpc.bench.verify import PREPARE_TIMEOUT, Bytes, Verifier, spans_of
 from mooncake_hpc.errors import ConfigError, TransferError
 
 if TYPE_CHECKING:
     from mooncake_hpc import TransferEngine
+    from mooncake_hpc.workers.pool import WorkerPool
 
 MIN_BUFFERS = 2  # the original's initiator indexes a target's buffers by its own number of NUMA nodes
 CPU_QUESTION, CPU_ANSWER = "mooncake_hpc.bench.cpu?", "mooncake_hpc.bench.cpu"
@@ -100,15 +101,15 @@ class Initiator:
         ]
         return build_requests(self._config, thread, self._buffers[index].ctypes.data, remotes)
 
-    def warm_up(self, prepare: Preparer) -> None:
+    def warm_up(self, pool: WorkerPool) -> None:
         """Fault in our pages, connect, and run untimed batches; raises what goes wrong."""
         for buffer in self._buffers:
-            prepare.touch(buffer)
+            pool.touch(buffer).wait(PREPARE_TIMEOUT)
         self._runner.warm_up()
 
-    def run(self, prepare: Preparer) -> Result:
+    def run(self, pool: WorkerPool) -> Result:
         """The timed run, with verification if configured."""
-        verifier = self._verifier(prepare) if self._config.verify else None
+        verifier = self._verifier(pool) if self._config.verify else None
         measured = self._runner.run(verifier)
         return Result(
             name=self._engine.name,
@@ -118,14 +119,14 @@ class Initiator:
             lane_bytes=self._engine.lane_bytes(),
         )
 
-    def _verifier(self, prepare: Preparer) -> Verifier:
+    def _verifier(self, pool: WorkerPool) -> Verifier:
         local = [(buffer.ctypes.data, buffer) for buffer in self._buffers]
         spans = spans_of(local, self._batches, self._regions[0] * self._config.footprint)
 
         def move(requests: Any) -> None:
             transfer(self._engine, requests, self._config.timeout + requests["length"].sum() * 1e-9)
 
-        return Verifier(self._config, prepare, move, spans, self._batches)
+        return Verifier(self._config, pool, move, spans, self._batches)
 
     def target_cpu(self) -> float | None:
         """CPU seconds that the targets used so far, all together; None unless all of them are ours and answer."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,16 +17,11 @@ import numpy.typing as npt
 from mooncake_hpc.batch import READ, WRITE
 from mooncake_hpc.bench.plan import BenchConfig, cover_requests
 
+if TYPE_CHECKING:
+    from mooncake_hpc.workers.pool import WorkerPool
+
+PREPARE_TIMEOUT = 300.0  # seconds for filling or comparing all of an initiator's buffers
 Bytes = npt.NDArray[np.uint8]
-
-
-class Preparer(Protocol):
-    """Fills and compares buffers: `mooncake_hpc.kernels.prepare` or a WorkerPool."""
-
-    def fill(self, array: Bytes, seed: int, offset: int, round: int) -> None: ...
-    def verify(self, array: Bytes, seed: int, offset: int, round: int) -> int: ...
-    def poison(self, array: Bytes) -> None: ...
-    def touch(self, array: Bytes) -> None: ...
 
 
 class Transfer(Protocol):
@@ -70,12 +65,12 @@ class Verifier:
     def __init__(
         self,
         config: BenchConfig,
-        prepare: Preparer,
+        pool: WorkerPool,
         transfer: Transfer,
         spans: Sequence[Span],
         batches: Sequence[npt.NDArray[Any]],
     ) -> None:
-        self._config, self._prepare, self._transfer, self._spans = config, prepare, transfer, spans
+        self._config, self._pool, self._transfer, self._spans = config, pool, transfer, spans
         self._to_target = cover_requests(batches, WRITE)
         self._from_target = cover_requests(batches, READ)
         self.compared = self.wrong = self.rounds = 0
@@ -98,17 +93,18 @@ class Verifier:
         if self._config.operation == "write":
             self._poison()
             self._transfer(self._from_target)
-        wrong = 0
-        for span in self._spans:
-            wrong += self._prepare.verify(span.array, self._config.seed, span.offset, self.rounds)
-            self.compared += span.array.size
+        seed, verify = self._config.seed, self._pool.verify
+        jobs = [verify(span.array, seed, span.offset, self.rounds) for span in self._spans]
+        wrong = sum(job.wait(PREPARE_TIMEOUT) for job in jobs)
+        self.compared += sum(span.array.size for span in self._spans)
         self.wrong += wrong
         return wrong
 
     def _fill(self) -> None:
-        for span in self._spans:
-            self._prepare.fill(span.array, self._config.seed, span.offset, self.rounds)
+        seed, fill = self._config.seed, self._pool.fill
+        for job in [fill(span.array, seed, span.offset, self.rounds) for span in self._spans]:
+            job.wait(PREPARE_TIMEOUT)
 
     def _poison(self) -> None:
-        for span in self._spans:
-            self._prepare.poison(span.array)
+        for job in [self._pool.poison(span.array) for span in self._spans]:
+            job.wait(PREPARE_TIMEOUT)

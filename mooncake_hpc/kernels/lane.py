@@ -68,6 +68,7 @@ WAITERS = 48
 STATUS = 56  # address of an int8 a request: 0 waiting, 1 done, a failure code below 0
 PENDING = 64  # address of an int64 a request: its slices not yet completed
 BATCH_ONE = 72  # holds 1, written to eventfds
+OTHERS = 80  # requests that `cut` left out since they go to another segment
 BATCH_WORDS = 16
 
 # --- failure codes of a slice, negative as bytes

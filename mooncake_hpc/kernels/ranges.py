@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from mooncake_hpc.kernels.lane import HIDDEN, LENGTH, LOCAL, META, REMOTE, SLICE, WRITING
+from mooncake_hpc.kernels.lane import HIDDEN, LENGTH, LOCAL, META, OTHERS, PENDING, REMOTE, SLICE, STATUS, WRITING
 from mooncake_hpc.kernels.native import get, get_byte, kernel, put, put_byte
 
 BAD_OPCODE, BAD_LENGTH, LOCAL_UNREGISTERED, REMOTE_UNREGISTERED, NO_ROOM = 1, 2, 3, 4, 5
@@ -55,18 +55,19 @@ def covered(ranges, address, length):
 
 
 @kernel
-def cut(requests, count, target, local, remote, limit, slices, room, batch_status, batch_pending, fenced):
+def cut(requests, count, target, local, remote, limit, slices, room, batch, fence_byte):
     """Write the slices of those of `count` requests that go to segment `target`; their number.
 
     `local` and `remote` are addresses of pairs of tables: readable, writable. A slice crosses no border of a remote
-    buffer and is at most `limit` bytes. With `fenced` a READ of one byte follows the last WRITE (version 1 of the
-    TCP protocol acknowledges no WRITE). Below 0: -(request * REASONS + reason).
+    buffer and is at most `limit` bytes. With `fence_byte` a READ of one byte to there follows the last WRITE
+    (version 1 of the TCP protocol acknowledges no WRITE). Below 0: -(request * REASONS + reason).
     """
-    made = 0
-    fence_at = 0
+    made = fence_at = others = 0
+    status, pending = get(batch + STATUS), get(batch + PENDING)
     for index in range(count):
         record = requests + 32 * index
         if get(record) >> 32 != target:
+            others += 1
             continue
         opcode, ours, theirs, length = get_byte(record), get(record + 8), get(record + 16), get(record + 24)
         if opcode > 1:
@@ -91,14 +92,40 @@ def cut(requests, count, target, local, remote, limit, slices, room, batch_statu
             fence_at = theirs if opcode == WRITING else fence_at
             ours, theirs, length = ours + size, theirs + size, length - size
             made, pieces = made + 1, pieces + 1
-        put(batch_pending + 8 * index, pieces)
+        put(pending + 8 * index, pieces)
         if pieces == 0:
-            put_byte(batch_status + index, 1)
-    if fenced != 0 and fence_at != 0:
+            put_byte(status + index, 1)
+    if fence_byte != 0 and fence_at != 0:
         piece = slices + SLICE * made
-        put(piece + LOCAL, fenced)
+        put(piece + LOCAL, fence_byte)
         put(piece + REMOTE, fence_at)
         put(piece + LENGTH, 1)
         put(piece + META, HIDDEN)
         made += 1
+    put(batch + OTHERS, others)
     return made
+
+
+@kernel
+def assign(requests, count, target, remotes, routes):
+    """Replace the target of each request to `target` by the number of the first route whose tables hold its range.
+
+    `remotes` is the address of `routes` addresses of pairs of tables. Numbers are -2 - route, so that they are no
+    segment's; where no route holds it, the target stays. The number of those that no route holds.
+    """
+    missing = 0
+    for index in range(count):
+        record = requests + 32 * index
+        if get(record) >> 32 != target:
+            continue
+        opcode, theirs, length = get_byte(record), get(record + 16), get(record + 24)
+        found = -1
+        for route in range(routes):
+            allowed = get(get(remotes + 8 * route) + 8 * (opcode & 1))
+            if found < 0 and (length <= 0 or covered(allowed, theirs, length)):
+                found = route
+        if found < 0:
+            missing += 1
+        else:
+            put(record, (get(record) & 0xFFFFFFFF) | (-2 - found) << 32)
+    return missing

@@ -399,7 +399,7 @@ def drive(lane, batch, until):
                 continue
             code = _lead(lane, batch, until)
             if code == BROKEN:
-                store(lane + STATE, DOWN)
+                compare_exchange(lane + STATE, UP, DOWN)  # not when it was closed meanwhile
                 ring_thread(lane)
             hand_over(lane)
             if code != BROKEN:

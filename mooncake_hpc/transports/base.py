@@ -105,6 +105,10 @@ class Transport(ABC):
     def connect(self, peer: Peer) -> Route | None:
         """A route to the peer, or None where it offers none. Raises PeerLost."""
 
+    def fence(self, connection: str, timeout: float) -> bool:
+        """Whether nothing that came over this data connection of ours can land any more, within `timeout` seconds."""
+        return True
+
     @abstractmethod
     def close(self) -> None:
         """Stop serving; release everything. Idempotent."""

@@ -1,5 +1,6 @@
 """A worker process; started by `mooncake_hpc.workers.process`, never by hand."""
 
+import os
 import signal
 import sys
 
@@ -11,3 +12,4 @@ from mooncake_hpc.workers.worker import serve  # noqa: E402
 if __name__ == "__main__":
     owner, control, channel, parent = map(int, sys.argv[1:])
     serve(owner, control, channel, parent)
+    os._exit(0)  # the system frees all that a worker has; numba's own teardown takes 0.3 s

@@ -93,6 +93,8 @@ class WorkerPool:
         self._words = self._control.array  # keeps the mapping for jobs that are waited for after close()
         self._address = self._control.address
         self._workers: list[WorkerProcess] = []
+        # compiled here, once and for the cache: each worker alone would need seconds and 30 MB more
+        ring.serve(self._address, MOST, ring.HERE, 0, 0, 0)
         try:
             for owner in range(1, count + 1):
                 self._workers.append(WorkerProcess(owner, self._control))

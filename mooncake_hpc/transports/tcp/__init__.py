@@ -37,5 +37,8 @@ class TcpTransport(Transport):
     def connect(self, peer: Peer) -> TcpRoute:
         return TcpRoute(peer, self._settings)
 
+    def fence(self, connection: str, timeout: float) -> bool:
+        return self.server.fence(connection, timeout)
+
     def close(self) -> None:
         self.server.close()

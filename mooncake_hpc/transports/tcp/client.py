@@ -37,6 +37,7 @@ class TcpLane(Lane):
         self._settings = settings
         self._socket: socket.socket | None = None
         self._connections = 0
+        self._where = self._identity = ""
         self._stuck_at = (-1, -1)
         self._failures = 0
         self._buffers = np.zeros(4 * native.LIST + 4 * native.WINDOW, np.int64)

@@ -1,0 +1,55 @@
+"""Transfer engine, bench and P2P store for HPC and inference clusters.
+
+Importing this loads the standard library and numpy; the names below load what they need when first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mooncake_hpc.batch import READ, REQUEST, WRITE, Batch
+    from mooncake_hpc.engine import TransferEngine
+    from mooncake_hpc.metadata.embedded import EmbeddedEtcd
+    from mooncake_hpc.remote import Segment
+    from mooncake_hpc.settings import Settings
+    from mooncake_hpc.workers import WorkerPool
+
+_HOMES = {
+    "READ": "batch",
+    "WRITE": "batch",
+    "REQUEST": "batch",
+    "Batch": "batch",
+    "TransferEngine": "engine",
+    "EmbeddedEtcd": "metadata.embedded",
+    "Segment": "remote",
+    "Settings": "settings",
+    "WorkerPool": "workers",
+}
+
+__all__ = [
+    "READ",
+    "REQUEST",
+    "WRITE",
+    "Batch",
+    "EmbeddedEtcd",
+    "Segment",
+    "Settings",
+    "TransferEngine",
+    "WorkerPool",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

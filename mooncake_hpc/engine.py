@@ -1,0 +1,305 @@
+"""TransferEngine: one segment of registered memory, and batches to and from other segments."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from mooncake_hpc.address import bind_listener, published_address
+from mooncake_hpc.batch import READ, REQUEST, WRITE, Batch, Requests
+from mooncake_hpc.control import client
+from mooncake_hpc.control.directory import Directory
+from mooncake_hpc.control.server import ControlServer, Handlers, Notifications, open_rpc_listener
+from mooncake_hpc.errors import ConfigError, MooncakeError, PeerLost, RegistrationError, TransferTimeout
+from mooncake_hpc.memory import MemoryFile, describe
+from mooncake_hpc.metadata.base import MetadataStore
+from mooncake_hpc.remote import Segment
+from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
+from mooncake_hpc.settings import Settings
+from mooncake_hpc.slicing import Slicer
+from mooncake_hpc.transports.base import Registration, Tables, Transport
+from mooncake_hpc.transports.registry import make_transports
+
+log = logging.getLogger(__name__)
+
+P2PHANDSHAKE = "P2PHANDSHAKE"
+
+
+class TransferEngine:
+    """A context manager; thread-safe.
+
+    `name` is the segment's name, `host:port` by custom, whether or not it resolves. `metadata` is `host:port` or
+    `etcd://a:1,b:2` of etcd, `P2PHANDSHAKE`, `memory://x` (one process) or a MetadataStore, which stays the
+    caller's. `protocol` is `tcp`, `shm`, or `auto`: shared memory where it can be had, else tcp. The published
+    address is `bind_address`, else by the rules of `address.published_address`; listeners bind only that unless
+    `bind_all`: the data port has no authentication.
+
+    Raises ConfigError, MetadataUnavailable, NameInUse.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        metadata: str | MetadataStore,
+        *,
+        protocol: str = "auto",
+        bind_address: str = "",
+        bind_all: bool = False,
+        settings: Settings | None = None,
+    ) -> None:
+        self._settings = settings or Settings.from_env()
+        self._closers: list[Callable[[], None]] = []
+        self._lock = threading.RLock()
+        self._registrations: tuple[Registration, ...] = ()
+        self._local = Tables([], [])
+        self._segments: dict[int, Segment] = {}
+        self._by_name: dict[str, Segment] = {}
+        self._notifications = Notifications()
+        self._slicer = Slicer()
+        self._closed = False
+        try:
+            self._start(name, metadata, protocol, bind_address, bind_all)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, name: str, metadata: str | MetadataStore, protocol: str, host: str, bind_all: bool) -> None:
+        settings = self._settings
+        spec = metadata if isinstance(metadata, str) else metadata.spec
+        store = self._open_store(metadata)
+        host = host or published_address(name, spec, settings)
+        listener = bind_listener(host, [0], bind_all, settings.handshake_backlog, "")
+        self._transports = make_transports(protocol, listener, host, settings)
+        self._closers += [transport.close for transport in self._transports]
+        rpc = open_rpc_listener(name, host, settings, peer_to_peer=store is None, bind_all=bind_all)
+        generation = secrets.token_hex(8)
+        self._directory = Directory(
+            name, store, settings, generation=generation, rpc_host=host, rpc_port=rpc.getsockname()[1]
+        )
+        self.name = self._directory.name
+        self._own = SegmentDescriptor(self.name, generation=generation)
+        for transport in self._transports:
+            self._own = transport.describe(self._own)
+        handlers = Handlers(generation, self._directory.metadata_reply, self._notifications.put, self._fence)
+        control = ControlServer(rpc, handlers, settings)
+        self._closers.append(control.stop)
+        self._closers.append(self._directory.withdraw)
+        self._publish(())
+
+    def _open_store(self, metadata: str | MetadataStore) -> MetadataStore | None:
+        if isinstance(metadata, MetadataStore):
+            return metadata
+        if metadata == P2PHANDSHAKE:
+            return None
+        from mooncake_hpc.metadata.store import open_store
+
+        store = open_store(metadata, self._settings)
+        self._closers.append(store.close)
+        return store
+
+    # --- memory ---------------------------------------------------------------------------------------------
+
+    def allocate(self, nbytes: int, location: str = "cpu:0", remote_accessible: bool = True) -> npt.NDArray[np.uint8]:
+        """`nbytes` of zeroed shared memory, registered, as a uint8 array; peers on this host may map it.
+
+        It lives until it is unregistered (or the engine closed) and the last view of it is gone. Raises
+        RegistrationError, and as `register`.
+        """
+        file = MemoryFile(nbytes)
+        self._add([Registration(file.address, nbytes, location, False, remote_accessible, file.array, file)])
+        return file.array
+
+    def register(self, obj: object, location: str = "cpu:0", remote_accessible: bool = True) -> None:
+        """Let transports touch the memory of `obj`: anything with the buffer protocol, `__array_interface__`, or
+        `__dlpack__` on the CPU. It is kept alive until unregistered; read-only memory is registered read-only.
+
+        Raises RegistrationError, MetadataError (more buffers than one value holds), MetadataUnavailable.
+        """
+        self.register_many([obj], location, remote_accessible)
+
+    def register_many(
+        self, objects: Iterable[object], location: str = "cpu:0", remote_accessible: bool = True
+    ) -> None:
+        """As `register` for several, with a single metadata write; on an error none is registered."""
+        views = [describe(obj) for obj in objects]
+        self._add(
+            [Registration(v.address, v.nbytes, location, v.readonly, remote_accessible, v.owner) for v in views]
+        )
+
+    def unregister(self, obj: object) -> None:
+        """Undo `register` or `allocate`; on return no peer touches the memory any more. Raises RegistrationError."""
+        self.unregister_many([obj])
+
+    def unregister_many(self, objects: Iterable[object]) -> None:
+        """As `unregister` for several, with a single metadata write."""
+        with self._lock:
+            left = list(self._registrations)
+            for view in [describe(obj) for obj in objects]:
+                found = [r for r in left if (r.address, r.length) == (view.address, view.nbytes)]
+                if not found:
+                    raise RegistrationError(f"memory {view.address:#x}+{view.nbytes} is not registered")
+                left.remove(found[-1])
+            gone = [r for r in self._registrations if r not in left]
+            self._publish(tuple(left))
+            for transport in self._transports:
+                transport.export(left, shrinks=True)
+            self._adopt(tuple(left))
+        for registration in gone:
+            if registration.file is not None:
+                registration.file.close()
+
+    def _add(self, registrations: list[Registration]) -> None:
+        with self._lock:
+            before, after = self._registrations, (*self._registrations, *registrations)
+            self._adopt(after)
+            try:
+                for transport in self._transports:
+                    transport.export(after, shrinks=False)
+                if any(r.remote_accessible for r in registrations):
+                    self._publish(after)
+            except BaseException:
+                self._adopt(before)
+                for transport in self._transports:
+                    transport.export(before, shrinks=True)
+                raise
+
+    def _adopt(self, registrations: tuple[Registration, ...]) -> None:
+        spans = [(r.address, r.address + r.length, r.readonly) for r in registrations]
+        self._local = Tables([(s, e) for s, e, _ in spans], [(s, e) for s, e, readonly in spans if not readonly])
+        self._registrations = registrations
+
+    def _publish(self, registrations: tuple[Registration, ...]) -> None:
+        buffers = tuple(
+            BufferDescriptor(r.address, r.length, r.location, r.readonly) for r in registrations if r.remote_accessible
+        )
+        self._own = self._own.with_buffers(buffers)
+        self._directory.publish(self._own)
+
+    # --- transfers ------------------------------------------------------------------------------------------
+
+    def open_segment(self, name: str) -> Segment:
+        """The segment of this name, ready for requests; opened again after its process was replaced.
+
+        Raises SegmentNotFound, MetadataUnavailable, PeerLost.
+        """
+        with self._lock:
+            known = self._by_name.get(name)
+            if known is not None:
+                if not known.replaced():
+                    return known
+                known.close()
+            segment = Segment(len(self._segments), name, self._directory, self._settings)
+            segment.connect(self._transports)
+            self._segments[segment.id] = segment
+            self._by_name[name] = segment
+            return segment
+
+    def submit(self, requests: Requests, timeout: float | None = None) -> Batch:
+        """Start the transfers of a REQUEST array, in any order and at once; thread-safe.
+
+        The array may be reused on return; the memory may not be touched until the batch is done. Waits only while a
+        peer's queue is full, at most `timeout` seconds (None: MC_TRANSFER_TIMEOUT), then raises TransferTimeout.
+        Raises AddressRejected for a range that is not registered here or there, with nothing started, and PeerLost.
+        """
+        if self._closed:
+            raise PeerLost(f"engine {self.name!r} is closed")
+        limit = self._settings.transfer_timeout if timeout is None else timeout
+        registrations = self._registrations  # held by the batch: the memory outlives it
+        batch, parts, held = self._slicer.prepare(requests, self._segments, self._local)
+        batch.start(parts, [held, registrations], time.monotonic() + limit)
+        return batch
+
+    def read(self, local: object, segment: Segment, remote_addr: int, timeout: float | None = None) -> None:
+        """Fill `local` from `remote_addr` in the segment and return when done.
+
+        Raises as `submit` and `Batch.wait`; at `timeout` seconds (None: MC_TRANSFER_TIMEOUT) the batch is cancelled.
+        """
+        self._transfer(READ, local, segment, remote_addr, timeout)
+
+    def write(self, local: object, segment: Segment, remote_addr: int, timeout: float | None = None) -> None:
+        """Copy `local` to `remote_addr` in the segment and return when done. Raises as `read`."""
+        self._transfer(WRITE, local, segment, remote_addr, timeout)
+
+    def _transfer(self, opcode: int, local: object, segment: Segment, remote: int, timeout: float | None) -> None:
+        view = describe(local)
+        request = np.array([(opcode, segment.id, view.address, remote, view.nbytes)], REQUEST)
+        batch = self.submit(request, timeout)
+        try:
+            batch.wait(self._settings.transfer_timeout if timeout is None else timeout)
+        except TransferTimeout:
+            if not batch.done:
+                batch.cancel()
+            raise
+        except BaseException:  # Ctrl-C: the buffers go back to the caller
+            batch.cancel()
+            raise
+
+    def lane_bytes(self) -> dict[str, int]:
+        """Payload bytes that our batches moved, by lane (`tcp/<segment>/0`)."""
+        with self._lock:
+            lanes = [lane for segment in self._segments.values() for route in segment.routes for lane in route.lanes]
+        return {lane.name: lane.bytes for lane in lanes}
+
+    # --- messages -------------------------------------------------------------------------------------------
+
+    def notify(self, segment: Segment, name: str, text: str) -> None:
+        """Hand (name, text) to the segment's process. Raises PeerLost; TransferError when it refuses."""
+        segment.notify(name, text)
+
+    def notifications(self) -> list[tuple[str, str]]:
+        """What peers sent by `notify` since the last call: (name, text), oldest first."""
+        return self._notifications.take()
+
+    def probe(self, name: str, timeout: float = 1.0) -> bool:
+        """Whether the process behind the segment `name` answers within `timeout` seconds.
+
+        Raises SegmentNotFound, MetadataUnavailable.
+        """
+        try:
+            client.probe(self._directory.rpc_address(name), timeout, self._settings)
+        except PeerLost:
+            return False
+        return True
+
+    def _fence(self, connection: str, timeout: float) -> bool:
+        return all([transport.fence(connection, timeout) for transport in self._transports])
+
+    # --- end ------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Withdraw from the metadata store, fail what is under way, end all threads. Idempotent; never raises."""
+        with self._lock:
+            closers, self._closers = self._closers[::-1], []
+            self._closed = True
+        for segment in self._segments.values():
+            _quietly(segment.close)
+        for closer in closers:
+            _quietly(closer)
+        for registration in self._registrations:
+            if registration.file is not None:
+                registration.file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _quietly(closer: Callable[[], None]) -> None:
+    try:
+        closer()
+    except (OSError, MooncakeError):
+        log.exception("closing")
+
+

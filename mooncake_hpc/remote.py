@@ -1,0 +1,104 @@
+"""A remote segment: its descriptor, its generation, and the routes that reach it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from mooncake_hpc.control import client
+from mooncake_hpc.control.directory import Directory
+from mooncake_hpc.errors import MetadataError, MetadataUnavailable, PeerLost, SegmentNotFound
+from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
+from mooncake_hpc.settings import Settings
+from mooncake_hpc.transports.base import Route, Transport
+
+PROBE_TIMEOUT = 2.0  # seconds for a peer to say that it still is the same process
+
+
+class Segment:
+    """What `TransferEngine.open_segment` returns. `id` is the `target_id` of requests to it."""
+
+    def __init__(self, number: int, name: str, directory: Directory, settings: Settings) -> None:
+        self.id = number
+        self.name = name
+        self.routes: list[Route] = []
+        self._directory = directory
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._descriptor = directory.lookup(name)
+        self._rpc_address = directory.rpc_address(name)
+        self._endpoint = directory.data_endpoint(self._descriptor)
+
+    def connect(self, transports: Sequence[Transport]) -> None:
+        """Make a route of each transport that the peer offers, the best first. Raises PeerLost if there is none."""
+        for transport in transports:
+            route = transport.connect(self)
+            if route is not None:
+                self.routes.append(route)
+        if not self.routes:
+            names = ", ".join(transport.name for transport in transports)
+            raise PeerLost(f"segment {self.name!r} cannot be reached by {names}: it offers none, or is on another host")
+
+    @property
+    def buffers(self) -> tuple[BufferDescriptor, ...]:
+        """Its registered buffers, as last read."""
+        return self._descriptor.buffers
+
+    @property
+    def transport(self) -> str:
+        """Names of the transports that reach it, the preferred first: `tcp`, `shm+tcp`."""
+        return "+".join(route.transport for route in self.routes)
+
+    @property
+    def descriptor(self) -> SegmentDescriptor:
+        return self._descriptor
+
+    def endpoint(self) -> tuple[str, int]:
+        return self._endpoint
+
+    def refresh(self) -> SegmentDescriptor:
+        """Read the descriptor again. Raises PeerLost when its process was replaced or is gone."""
+        with self._lock:
+            try:
+                newest = self._directory.lookup(self.name)
+            except SegmentNotFound as error:
+                raise PeerLost(f"segment {self.name!r} is gone: {error}") from error
+            except MetadataUnavailable:
+                self._probe_same()
+                return self._descriptor
+            if newest.generation != self._descriptor.generation:
+                raise PeerLost(f"segment {self.name!r} now belongs to another process: open it again")
+            self._descriptor = newest
+            self._endpoint = self._directory.data_endpoint(newest)
+        for route in self.routes:
+            route.update(newest)
+        return newest
+
+    def fence(self, connection: str, timeout: float) -> bool:
+        reply = client.probe(self._rpc_address, timeout + 1.0, self._settings, connection, timeout)
+        if reply.generation != self._descriptor.generation:
+            raise PeerLost(f"segment {self.name!r}: another process answers at {self._rpc_address}")
+        return reply.fenced
+
+    def replaced(self) -> bool:
+        """Whether the name now belongs to another process, or to none."""
+        try:
+            return self._directory.lookup(self.name).generation != self._descriptor.generation
+        except MetadataUnavailable:
+            return False
+        except MetadataError:
+            return True
+
+    def notify(self, sender: str, text: str) -> None:
+        """Hand it a text. Raises PeerLost, TransferError."""
+        client.notify(self._rpc_address, sender, text, self._settings.metadata_timeout, self._settings)
+
+    def close(self) -> None:
+        for route in self.routes:
+            route.close()
+
+    def _probe_same(self) -> None:
+        """Without a metadata store, the peer itself says whether it is the same process."""
+        reply = client.probe(self._rpc_address, PROBE_TIMEOUT, self._settings)
+        if reply.generation != self._descriptor.generation:
+            raise PeerLost(f"segment {self.name!r}: another process answers at {self._rpc_address}")
