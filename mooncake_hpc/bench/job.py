@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from mooncake_hpc.bench.node import Initiator, Result, Target
+from mooncake_hpc.bench.node import CPU_INTERVAL, Initiator, Result, Target
 from mooncake_hpc.bench.plan import AUTO_WORKERS, BenchConfig, roles
 from mooncake_hpc.bench.report import (
     Units,
@@ -68,7 +68,11 @@ def _engine(config: BenchConfig, metadata: str, settings: Settings) -> TransferE
     from mooncake_hpc import TransferEngine
 
     return TransferEngine(
-        config.local_server_name, metadata, protocol=config.protocol, bind_all=config.bind_all, settings=settings
+        config.local_server_name,
+        metadata,
+        protocol=config.protocol,
+        bind_all=config.bind_all,
+        settings=replace(settings, transfer_timeout=config.timeout),
     )
 
 
@@ -98,8 +102,8 @@ def run_target(config: BenchConfig, settings: Settings, output: Output, command:
         output.say(initiator_command(config, engine.name, metadata, settings, command))
         with contextlib.suppress(KeyboardInterrupt):
             while True:
-                time.sleep(0.1)
-                target.serve()
+                target.tick()
+                time.sleep(CPU_INTERVAL)
         output.say(f"target {engine.name} ends")
     return 0
 

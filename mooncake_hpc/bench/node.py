@@ -5,23 +5,25 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mooncake_hpc.bench.plan import BenchConfig, Remote, build_requests, check_room
 from mooncake_hpc.bench.runner import Measured, Runner, transfer
 from mooncake_hpc.bench.verify import PREPARE_TIMEOUT, Bytes, Verifier, spans_of
-from mooncake_hpc.errors import ConfigError, TransferError
+from mooncake_hpc.errors import ConfigError
 
 if TYPE_CHECKING:
     from mooncake_hpc import TransferEngine
     from mooncake_hpc.workers.pool import WorkerPool
 
 MIN_BUFFERS = 2  # the original's initiator indexes a target's buffers by its own number of NUMA nodes
-CPU_QUESTION, CPU_ANSWER = "mooncake_hpc.bench.cpu?", "mooncake_hpc.bench.cpu"
-ANSWER_TIMEOUT = 1.0  # seconds; the original never answers
+CPU_BUFFER = "bench-cpu"  # name of a buffer whose first 8 bytes are the target's CPU time so far, ns, int64
+CPU_INTERVAL = 0.1  # seconds between two updates of it
 
 
 def numa_nodes() -> int:
@@ -55,14 +57,11 @@ class Target:
             engine.allocate(size, location=f"cpu:{i % nodes}") for i in range(max(MIN_BUFFERS, nodes))
         ]
 
-    def serve(self) -> None:
-        """Answer initiators' questions; call a few times a second."""
-        for name, text in self._engine.notifications():
-            if name == CPU_QUESTION:
-                try:
-                    self._engine.notify(text, CPU_ANSWER, f"{self._engine.name} {time.process_time():.6f}")
-                except (ConfigError, OSError, TransferError, LookupError):
-                    continue  # an initiator that ended meanwhile
+        self._cpu = engine.allocate(4096, location=CPU_BUFFER).view(np.int64)
+
+    def tick(self) -> None:
+        """Publish our CPU time; call every CPU_INTERVAL seconds."""
+        self._cpu[0] = time.process_time_ns()
 
 
 class Initiator:
@@ -76,15 +75,15 @@ class Initiator:
             raise ConfigError(
                 f"batch_size {config.batch_size} × threads {config.threads} is less than the {len(targets)} targets"
             )
-        nodes = numa_nodes()
         self._segments = [engine.open_segment(name) for name in targets]
-        used = min(nodes, config.threads, *(len(s.buffers) for s in self._segments))
-        if used == 0:
-            empty = next(s.name for s in self._segments if not s.buffers)
-            raise ConfigError(f"segment {empty} has no buffers: is it a bench target?")
+        used = min(numa_nodes(), config.threads)
         for segment, region in zip(self._segments, regions, strict=True):
-            for index in range(used):
-                check_room(config, segment.name, index, segment.buffers[index].length, region)
+            lengths = [buffer.length for buffer in segment.buffers if buffer.name != CPU_BUFFER]
+            if not lengths:
+                raise ConfigError(f"segment {segment.name} has no buffers: is it a bench target?")
+            used = min(used, len(lengths))
+            for index, length in enumerate(lengths[:used]):
+                check_room(config, segment.name, index, length, region)
         self._buffers: list[Bytes] = [
             engine.allocate(config.footprint, location=f"cpu:{i}", remote_accessible=False) for i in range(used)
         ]
@@ -129,25 +128,18 @@ class Initiator:
         return Verifier(self._config, pool, move, spans, self._batches)
 
     def target_cpu(self) -> float | None:
-        """CPU seconds that the targets used so far, all together; None unless all of them are ours and answer."""
-        for name in self._targets:
-            try:
-                self._engine.notify(name, CPU_QUESTION, self._engine.name)
-            except (ConfigError, OSError, TransferError):
-                return None
-        return collect_answers(self._engine.notifications, set(self._targets))
-
-
-def collect_answers(notifications: Callable[[], list[tuple[str, str]]], waiting: set[str]) -> float | None:
-    """Sum of the CPU seconds that the targets in `waiting` answer; None if one does not in ANSWER_TIMEOUT."""
-    total, deadline = 0.0, time.monotonic() + ANSWER_TIMEOUT
-    while waiting:
-        for name, text in notifications():
-            target, _, seconds = text.rpartition(" ")
-            if name == CPU_ANSWER and target in waiting:
-                waiting.discard(target)
-                total += float(seconds)
-        if time.monotonic() > deadline:
-            return None
-        time.sleep(0.005)
-    return total
+        """CPU seconds that the targets used so far, all together; None where one does not publish them."""
+        time.sleep(2 * CPU_INTERVAL)  # until they have written it
+        answer = np.zeros(1, np.int64)
+        self._engine.register(answer, remote_accessible=False)
+        try:
+            nanoseconds = 0
+            for segment in self._segments:
+                buffer = next((b for b in segment.buffers if b.name == CPU_BUFFER), None)
+                if buffer is None:
+                    return None
+                self._engine.read(answer, segment, buffer.address, self._config.timeout)
+                nanoseconds += int(answer[0])
+        finally:
+            self._engine.unregister(answer)
+        return nanoseconds / 1e9
