@@ -1,0 +1,80 @@
+"""The command `mooncake-hpc`, also `python -m mooncake_hpc`: subcommands, and errors turned into exit codes.
+
+Exit codes: 0 done, 1 failed, 2 a flag or variable that cannot be, 130 Ctrl-C, 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from mooncake_hpc.cli.signals import Terminated, stoppable
+from mooncake_hpc.errors import ConfigError, MooncakeError
+
+USAGE = """usage: mooncake-hpc COMMAND [--flag=value …]
+
+commands:
+  bench    transfer_engine_bench: measure reads and writes of a target's memory
+  etcd     an embedded etcd in the foreground, for trials
+
+`mooncake-hpc COMMAND --help` shows the command's flags.
+"""
+
+
+def _bench() -> Callable[[Sequence[str], Sequence[str]], int]:
+    from mooncake_hpc.cli.transfer_engine_bench import main
+
+    return main
+
+
+def _etcd() -> Callable[[Sequence[str], Sequence[str]], int]:
+    from mooncake_hpc.cli.etcd import main
+
+    return main
+
+
+COMMANDS = {"bench": _bench, "etcd": _etcd}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    name = arguments[0] if arguments else ""
+    if name in ("-h", "-help", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if name not in COMMANDS:
+        problem = f"unknown command {name!r}" if name else "no command"
+        print(f"mooncake-hpc: {problem}\n\n{USAGE}", end="", file=sys.stderr)
+        return 2
+    try:
+        with stoppable():
+            return COMMANDS[name]()(arguments[1:], [*_myself(), name])
+    except ConfigError as error:
+        return _fail(name, error, 2)
+    except (MooncakeError, TimeoutError) as error:
+        return _fail(name, error, 1)
+    except Terminated:
+        return 143
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _myself() -> list[str]:
+    """How this program is started again."""
+    if os.path.basename(sys.argv[0]) == "mooncake-hpc":
+        return [sys.argv[0]]
+    return [sys.executable, "-m", "mooncake_hpc"]
+
+
+def _fail(name: str, error: Exception, code: int) -> int:
+    print(f"mooncake-hpc {name}: {type(error).__name__}: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

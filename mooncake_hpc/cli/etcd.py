@@ -1,0 +1,43 @@
+"""`mooncake-hpc etcd`: an embedded etcd in the foreground, for trials and tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+
+from mooncake_hpc.cli import glog
+from mooncake_hpc.cli.gflags import Flag, FlagSet
+from mooncake_hpc.settings import Settings
+
+FLAGS = FlagSet(
+    "mooncake-hpc etcd",
+    "Starts an etcd on a free port, prints host:port for --metadata_server, and serves until Ctrl-C. Its data is in a "
+    "temporary folder that goes with it. For trials: a cluster's etcd should have several members and a disk.",
+    {
+        "Where": (
+            Flag("listen", "127.0.0.1", "Address to listen on; 0.0.0.0 for all."),
+            Flag("password", "", "Makes clients log in as root with it: MOONCAKE_HPC_ETCD_USER=root and "
+                 "MOONCAKE_HPC_ETCD_PASSWORD."),
+        ),
+        "Logging (glog's)": (*glog.FLAGS, *glog.IGNORED),
+    },
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str], command: Sequence[str] = ()) -> int:
+    """Serve until SIGINT or SIGTERM; the exit code. Raises ConfigError, MetadataError."""
+    flags = FLAGS.parse(arguments, os.environ)
+    if flags.wants_help:
+        print(FLAGS.help(), end="")
+        return 0
+    glog.set_up(flags)
+    from mooncake_hpc.metadata.embedded import EmbeddedEtcd
+
+    with EmbeddedEtcd(flags.text("listen"), flags.text("password"), Settings.from_env()) as etcd:
+        print(etcd.endpoint, flush=True)
+        try:
+            while True:
+                signal.pause()
+        except KeyboardInterrupt:
+            return 0

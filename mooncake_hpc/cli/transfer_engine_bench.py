@@ -1,0 +1,183 @@
+"""The command `transfer_engine_bench`, also `mooncake-hpc bench`: flags, and which of the bench's jobs they mean."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from mooncake_hpc.bench.plan import PATTERNS, BenchConfig
+from mooncake_hpc.bench.protocol import PROTOCOLS, choose, rdma_devices
+from mooncake_hpc.bench.report import UNITS, Units
+from mooncake_hpc.cli import glog
+from mooncake_hpc.cli.gflags import Flag, FlagSet, Parsed
+from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.mpi import Launch, World, default_name, detect
+from mooncake_hpc.settings import Settings
+
+_DEFAULTS = {f.name: f.default for f in fields(BenchConfig)}
+
+
+def _flag(name: str, text: str, unit: str = "", choices: tuple[str, ...] = ()) -> Flag:
+    """A flag that is a field of BenchConfig: its default is the field's."""
+    return Flag(name, _DEFAULTS[name], text, unit, choices)  # type: ignore[arg-type]
+
+
+FLAGS = FlagSet(
+    "transfer_engine_bench",
+    "Measures reads or writes of a target's memory. Start a target, then an initiator with the command that the "
+    "target prints; or all at once under mpirun or srun, where rank and --pattern decide who is what.",
+    {
+        "Who and where": (
+            _flag("mode", "target publishes buffers and waits; initiator addresses them. Under a launcher, naming it "
+                  "makes every rank a process on its own.", choices=("initiator", "target")),
+            _flag("metadata_server", "Where segments are found: host:port of an etcd, etcd://a:1,b:2 for several "
+                  "endpoints of one, P2PHANDSHAKE for none, embedded to start one (a target, or rank 0). No default."),
+            _flag("local_server_name", "Name of this process's segment, unique, host:port by custom. Default: the "
+                  "host's name; under a launcher <host>:<12345 + rank>."),
+            _flag("segment_id", "Name of the target's segment. An initiator must be given it."),
+            _flag("pattern", "Under a launcher: pairs (rank r + n/2 addresses rank r), fan_in (all address rank 0), "
+                  "fan_out (rank 0 addresses all), all_to_all.", choices=PATTERNS),
+        ),
+        "Load": (
+            _flag("operation", "What initiators do.", choices=("read", "write")),
+            _flag("block_size", "Size of a request.", "bytes"),
+            _flag("batch_size", "Requests that are submitted together.", "requests"),
+            _flag("threads", "Submitters; each has one batch under way.", "threads"),
+            _flag("duration", "Length of the timed window.", "seconds"),
+            _flag("buffer_size", "Size of each of a target's buffers; raised to block_size × batch_size × threads.",
+                  "bytes"),
+            _flag("warmup", "Batches of each submitter before the timed window.", "batches"),
+            Flag("timeout", 0.0, "A batch fails after this, plus 1 ns a byte. 0: MC_TRANSFER_TIMEOUT, or 30.",
+                 "seconds"),
+        ),
+        "Transport": (
+            Flag("protocol", "rdma", "What carries the bytes; auto is shared memory where both sides share a host, "
+                 "else tcp. A named one is never replaced; unnamed, and with no RDMA device, it is tcp.",
+                 choices=PROTOCOLS),
+            Flag("device_name", "", "RDMA devices, separated by commas."),
+            Flag("nic_priority_matrix", "", "JSON file of RDMA devices by memory location."),
+            Flag("auto_discovery", False, "The same as --protocol=auto, unless a protocol is named."),
+            _flag("bind_all", "Listen on all addresses instead of the published one. The data port has no "
+                  "authentication."),
+            Flag("backend", "classic", "Accepted for the original's command lines.", choices=("classic",)),
+        ),
+        "Verification": (
+            _flag("verify", "Compare every byte of every round, outside the timed window."),
+            _flag("verify_interval", "Batches of each submitter in a round; then the pattern changes.", "batches"),
+            _flag("seed", "Seed of the pattern."),
+            _flag("workers", "Processes that fill and compare buffers; -1: as many as fit, where there is work.",
+                  "processes"),
+        ),
+        "Report": (
+            Flag("report_unit", "GB", f"Unit of throughput: {', '.join(UNITS)} a second."),
+            Flag("report_precision", 2, "Decimals of throughput.", "digits"),
+            Flag("json", "", "File to which the result is appended as one line of JSON."),
+        ),
+        "Logging (glog's)": (*glog.FLAGS, *glog.IGNORED),
+    },
+    epilog="Booleans: --flag, --noflag, --flag=false. Also: --flagfile=FILE, --fromenv=NAME, --undefok=NAME, "
+    "--help, --version.\nEnvironment: MC_TCP_BIND_ADDRESS (the address to publish), MC_TCP_PROTO, "
+    "MC_METADATA_CLUSTER_ID,\nMC_MIN_RPC_PORT, MC_MAX_RPC_PORT and others: see the README.",
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str], command: Sequence[str] = ("transfer_engine_bench",)) -> int:
+    """Run the bench; the exit code. `command` starts this program, for the line that a target prints.
+
+    Raises ConfigError and what the bench raises; the caller prints.
+    """
+    flags = FLAGS.parse(arguments, os.environ)
+    if flags.wants_help:
+        print(FLAGS.help(), end="")
+        return 0
+    if flags.wants_version:
+        import mooncake_hpc
+
+        print(f"mooncake-hpc {mooncake_hpc.__version__}")
+        return 0
+    glog.set_up(flags)
+    launch = detect()
+    settings = Settings.from_env()
+    alone = launch is None or "mode" in flags.named or (launch.size == 1 and bool(flags.text("segment_id")))
+    try:
+        config = configure(flags, settings, launch, alone)
+    except ConfigError:
+        if launch is None or launch.rank == 0 or alone:
+            raise
+        return 2  # rank 0 says why
+    return _run(flags, config, settings, None if alone else launch, command)
+
+
+def configure(flags: Parsed, settings: Settings, launch: Launch | None, alone: bool) -> BenchConfig:
+    """The run that the flags mean. `alone`: this process has one mode, whatever launched it.
+
+    Prints notices to stderr (rank 0 only); raises ConfigError for what cannot be.
+    """
+    values = {name: flags.values[name] for name in _DEFAULTS if name not in ("protocol", "timeout")}
+    _check_names(flags, alone)
+    if alone and not values["local_server_name"]:
+        values["local_server_name"] = default_name(launch)
+    values["timeout"] = flags.number("timeout") or settings.transfer_timeout
+    protocol, notice = choose(
+        flags.text("protocol"),
+        flags.named,
+        flags.text("device_name"),
+        flags.boolean("auto_discovery"),
+        rdma_devices(),
+    )
+    config = BenchConfig(**{**values, "protocol": protocol})  # type: ignore[arg-type]
+    if config.footprint > config.buffer_size:
+        notice += f"\nWARNING: --buffer_size raised from {config.buffer_size} to {config.footprint} bytes"
+        config = BenchConfig(**{**config.as_dict(), "buffer_size": config.footprint})
+    if notice and (launch is None or launch.rank == 0):
+        print(notice.strip(), file=sys.stderr)
+    return config
+
+
+def _check_names(flags: Parsed, alone: bool) -> None:
+    """Flags that must be there, and those that a job of ranks cannot use."""
+    if not flags.text("metadata_server"):
+        raise ConfigError(
+            "--metadata_server is missing: host:port of an etcd, etcd://a:1,b:2, P2PHANDSHAKE, or embedded"
+        )
+    if alone:
+        if flags.text("mode") == "initiator" and not flags.text("segment_id"):
+            raise ConfigError("--segment_id is missing: the name that the target was started with or has printed")
+        return
+    for name in ("segment_id", "local_server_name"):
+        if flags.text(name):
+            raise ConfigError(
+                f"--{name} has no meaning where ranks take roles by --pattern; name --mode as well to make "
+                f"every rank a process on its own"
+            )
+
+
+def _units(flags: Parsed) -> Units:
+    unit, precision = flags.text("report_unit"), flags.integer("report_precision")
+    if unit not in UNITS:
+        print(f"WARNING: --report_unit={unit} is none of {', '.join(UNITS)}: using GB", file=sys.stderr)
+        unit = "GB"
+    if not 0 <= precision <= 12:
+        raise ConfigError(f"--report_precision={precision} must be 0 to 12")
+    return Units(unit, precision)
+
+
+def _run(
+    flags: Parsed, config: BenchConfig, settings: Settings, launch: Launch | None, command: Sequence[str]
+) -> int:
+    from mooncake_hpc.bench import job
+
+    path = flags.text("json")
+    if path and not os.access(Path(path).absolute().parent, os.W_OK):
+        raise ConfigError(f"--json={path}: the folder {Path(path).absolute().parent} cannot be written")
+    output = job.Output(lambda line: print(line, flush=True), _units(flags), path)
+    if launch is not None:
+        world = World(launch)
+        with world.guarded():
+            return job.run_ranks(config, settings, launch, world, output)
+    if config.mode == "target":
+        return job.run_target(config, settings, output, command)
+    return job.run_initiator(config, settings, output)
