@@ -86,9 +86,7 @@ def test_serves_and_leaves_nothing(host: str, folder: Path) -> None:
 def test_listens_on_one_address_only(folder: Path) -> None:
     with EmbeddedEtcd("127.0.0.1"):
         inodes = {
-            os.readlink(link)
-            for link in Path(f"/proc/{pid_of('etcd', folder)}/fd").iterdir()
-            if os.path.islink(link)
+            os.readlink(link) for link in Path(f"/proc/{pid_of('etcd', folder)}/fd").iterdir() if os.path.islink(link)
         }
         rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
         rows += [line.split() for line in Path("/proc/net/tcp6").read_text().splitlines()[1:]]
@@ -114,9 +112,7 @@ def test_password() -> None:
 
 @pytest.mark.parametrize("how", ["alone", "fork"])
 def test_gone_after_sigkill_of_the_starter(how: str, folder: Path) -> None:
-    starter = subprocess.Popen(
-        [sys.executable, "-c", STARTER, how], stdout=subprocess.PIPE, start_new_session=True
-    )
+    starter = subprocess.Popen([sys.executable, "-c", STARTER, how], stdout=subprocess.PIPE, start_new_session=True)
     assert starter.stdout is not None
     try:
         assert starter.stdout.readline()

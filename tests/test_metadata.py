@@ -58,21 +58,27 @@ def free_port() -> int:
 
 
 class Etcd:
-    """An etcd that tests can kill, wipe and start again on the same port."""
+    """An etcd, or one member of several in the same folder, to kill, wipe and start again on the same port."""
 
-    def __init__(self, folder: Path, *flags: str, scheme: str = "http") -> None:
+    def __init__(self, folder: Path, *flags: str, scheme: str = "http", member: int = 0, members: int = 1) -> None:
         self.folder, self.port, self.scheme = folder, free_port(), scheme
-        url = f"{scheme}://127.0.0.1:{self.port}"
-        folder.mkdir()
-        self.command = [find_etcd(Settings()), f"--listen-client-urls={url}", f"--advertise-client-urls={url}"]
-        self.command += ["--listen-peer-urls=unix://p:0", "--initial-advertise-peer-urls=unix://p:0"]
-        self.command += ["--initial-cluster=default=unix://p:0", "--data-dir=data", "--unsafe-no-fsync"]
-        self.command += ["--heartbeat-interval=10", "--election-timeout=100", "--log-level=error", *flags]
+        self.data, self.peer = folder / f"data{member}", folder / f"peer:{member}"
         self.endpoint = f"127.0.0.1:{self.port}"
+        url = f"{scheme}://{self.endpoint}"
+        cluster = ",".join(f"m{i}=unix://peer:{i}" for i in range(members))
+        folder.mkdir(exist_ok=True)
+        self.command = [find_etcd(Settings()), f"--listen-client-urls={url}", f"--advertise-client-urls={url}"]
+        self.command += [f"--listen-peer-urls=unix://peer:{member}", f"--initial-cluster={cluster}"]
+        self.command += [f"--initial-advertise-peer-urls=unix://peer:{member}", f"--name=m{member}"]
+        self.command += [f"--data-dir={self.data}", "--unsafe-no-fsync", "--log-level=error"]
+        self.command += [f"--heartbeat-interval={10 * members}", f"--election-timeout={100 * members}", *flags]
 
-    def start(self) -> None:
+    def spawn(self) -> None:
         with open(self.folder / "log", "ab") as log:
             self.process = subprocess.Popen(self.command, cwd=self.folder, stdout=log, stderr=log)
+
+    def start(self) -> None:
+        self.spawn()
         assert eventually(self.serves, 10), (self.folder / "log").read_text()
 
     def serves(self) -> bool:
@@ -91,8 +97,8 @@ class Etcd:
         self.process.wait()
 
     def wipe(self) -> None:
-        shutil.rmtree(self.folder / "data")
-        (self.folder / "p:0").unlink()
+        shutil.rmtree(self.data)
+        self.peer.unlink()
 
     def __enter__(self) -> Etcd:
         self.start()
@@ -336,6 +342,27 @@ def test_fail_over(etcd: EmbeddedEtcd, reader: MetadataStore, fault: str) -> Non
         assert reader.get("k") == "2"  # the lease was kept over the other way
     for way in ways:
         way.cut()
+
+
+@pytest.mark.slow
+def test_a_cluster_loses_its_members_one_at_a_time(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        members = [Etcd(tmp_path / "etcd", member=i, members=3) for i in range(3)]
+        for member in members:
+            member.spawn()
+            stack.callback(member.kill)
+        assert eventually(lambda: all(member.serves() for member in members), 15)
+        spec = "etcd://" + ",".join(member.endpoint for member in members)
+        settings = Settings(lease_ttl=2, metadata_timeout=5)
+        store = stack.enter_context(open_store(spec, settings))
+        for i, member in enumerate(members):
+            store.publish("k", str(i))
+            member.kill()
+            store.publish("k", f"{i}, without member {i}")
+            assert store.get("k") == f"{i}, without member {i}"
+            member.start()
+        time.sleep(2.5)
+        assert store.list("") == {"k": "2, without member 2"}
 
 
 # Getting in

@@ -79,9 +79,7 @@ class EmbeddedEtcd:
     MetadataError, with the tail of etcd's log: it does not start within START_TIMEOUT seconds.
     """
 
-    def __init__(
-        self, listen_host: str = "127.0.0.1", password: str = "", settings: Settings | None = None
-    ) -> None:
+    def __init__(self, listen_host: str = "127.0.0.1", password: str = "", settings: Settings | None = None) -> None:
         self.user = USER if password else ""
         self._starter = os.getpid()
         self._binary = find_etcd(settings or Settings.from_env())
@@ -152,9 +150,7 @@ class EmbeddedEtcd:
             except (OSError, HTTPException, ValueError) as error:
                 raise self._start_error(f"its /v3/auth/{path} failed: {error}") from error
 
-    def _request(
-        self, method: str, path: str, deadline: float, body: dict[str, str] | None = None
-    ) -> dict[str, Any]:
+    def _request(self, method: str, path: str, deadline: float, body: dict[str, str] | None = None) -> dict[str, Any]:
         """A request to etcd's JSON gateway. OSError, HTTPException or ValueError where it fails."""
         host = _reachable(self._family, self._address)
         connection = HTTPConnection(host, self.port, timeout=max(0.01, deadline - time.monotonic()))

@@ -50,9 +50,7 @@ class MetadataStoreConformance:
             store.publish(key, value)
         store.publish("mooncake/ran", "not under ram/")
         assert store.list("mooncake/ram/") == published
-        assert store.list("mooncake/ram/host-19") == {
-            f"mooncake/ram/host-{i}": str(i) for i in (19, *range(190, 200))
-        }
+        assert store.list("mooncake/ram/host-19") == {f"mooncake/ram/host-{i}": str(i) for i in (19, *range(190, 200))}
         assert store.list("") == {**published, "mooncake/ran": "not under ram/"}
 
     def test_withdraw(self, opener: Open) -> None:
@@ -73,9 +71,7 @@ class MetadataStoreConformance:
 
     @pytest.mark.parametrize("value", ["new", "old"])  # even an equal value is not ours
     @pytest.mark.parametrize("leave", [lambda store: store.withdraw("k"), lambda store: store.close()])
-    def test_successors_key_stays(
-        self, opener: Open, leave: Callable[[MetadataStore], None], value: str
-    ) -> None:
+    def test_successors_key_stays(self, opener: Open, leave: Callable[[MetadataStore], None], value: str) -> None:
         old, new = opener(), opener()
         old.publish("k", "old")
         new.publish("k", value)
