@@ -266,10 +266,11 @@ def test_wiped_etcd(tmp_path: Path) -> None:
         server.kill()
         server.wipe()
         server.start()
-        assert eventually(lambda: first.list("") == {"a": "1", "b": "2", "c": "3"}, 3)
+        first.publish("d", "4")  # finds the lease gone
+        assert eventually(lambda: first.list("") == {"a": "1", "b": "2", "c": "3", "d": "4"}, 3)
         first.publish("a", "new")
         first.withdraw("b")
-        assert second.list("") == {"a": "new", "c": "3"}
+        assert second.list("") == {"a": "new", "c": "3", "d": "4"}
 
 
 # Fail-over and deadlines

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from mooncake_hpc.errors import ConfigError, MetadataError, MetadataUnavailable, NameInUse
+from mooncake_hpc.errors import ConfigError, MetadataError, MetadataUnavailable, MooncakeError, NameInUse
 from mooncake_hpc.metadata._etcd3 import Access, Connection, Failure, Kind
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.settings import Settings
@@ -103,7 +103,7 @@ class EtcdStore(MetadataStore):
         if self._lease:
             try:
                 self._call(lambda etcd, timeout: etcd.revoke(self._lease, timeout), deadline, last=True)
-            except (MetadataError, Failure) as error:
+            except (MooncakeError, Failure) as error:
                 log.info("etcd %s: keys left to expire within %d s: %s", self.spec, self._ttl, error)
         with self._switching:
             if self._connection is not None:
@@ -230,7 +230,7 @@ class EtcdStore(MetadataStore):
         while not self._closing.wait(self._ttl / 3):
             try:
                 self._renew(time.monotonic() + min(self._timeout, self._ttl))
-            except (MetadataError, Failure) as error:
+            except (MooncakeError, Failure) as error:
                 if not (trouble or self._closing.is_set()):
                     log.warning("etcd %s: cannot renew the lease, going on trying: %s", self.spec, error)
                 trouble = True
