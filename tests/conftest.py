@@ -1,0 +1,98 @@
+"""Shared fixtures: an etcd, clean environments for subprocesses, the launcher, a check for leaks."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCHERS = ("PMI", "PMIX", "OMPI", "PRTE", "HYDRA", "MPI", "SLURM", "MV2")
+
+
+def clean_env(**extra: str) -> dict[str, str]:
+    """This environment without a launcher's and the project's variables, so that subprocesses stand alone."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith((*LAUNCHERS, "MC_", "MOONCAKE_HPC_"))}
+    return {**kept, "PYTHONUNBUFFERED": "1", **extra}
+
+
+@pytest.fixture(scope="session")
+def mpirun() -> str:
+    """The launcher that belongs to this interpreter's MPI library; its absence fails the test."""
+    beside = Path(sys.executable).parent / "mpirun"
+    found = str(beside) if beside.exists() else shutil.which("mpirun")
+    assert found, "no mpirun: install the mpich wheel (launch/test does)"
+    return found
+
+
+@pytest.fixture(scope="session")
+def etcd() -> Iterator[str]:
+    """host:port of an etcd of this test session."""
+    from mooncake_hpc.metadata.embedded import EmbeddedEtcd
+
+    with EmbeddedEtcd() as server:
+        yield server.endpoint
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts programs in process groups of their own, stdout piped and stderr in it; kills what is left."""
+    started: list[subprocess.Popen[str]] = []
+
+    def popen(*command: str, env: dict[str, str] | None = None, cwd: Path = ROOT) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            command, cwd=cwd, env=env or clean_env(), text=True, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield popen
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+        process.communicate(timeout=10)
+
+
+def _state() -> dict[str, set[str]]:
+    own = f"/proc/{os.getpid()}"
+    children = Path(f"{own}/task/{os.getpid()}/children").read_text().split()
+    links = set()
+    for fd in os.listdir(f"{own}/fd"):
+        try:
+            links.add(f"{fd}:{os.readlink(f'{own}/fd/{fd}')}")
+        except OSError:
+            continue  # the descriptor of the listing itself
+    return {
+        "descriptors": links,
+        "threads": {f"{t.name}:{t.ident}" for t in threading.enumerate()},
+        "children": set(children),
+        "/dev/shm": set(os.listdir("/dev/shm")),
+    }
+
+
+@pytest.fixture
+def no_leaks() -> Iterator[None]:
+    """Fails the test when descriptors, threads, child processes or files in /dev/shm outlive it by 2 s."""
+    before = _state()
+    yield
+    deadline = time.monotonic() + 2
+    while True:
+        gc.collect()
+        left = {kind: now - before[kind] for kind, now in _state().items() if now - before[kind]}
+        if not left:
+            return
+        if time.monotonic() > deadline:
+            pytest.fail(f"left behind: {left}")
+        time.sleep(0.05)

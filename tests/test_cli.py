@@ -1,0 +1,220 @@
+"""The command lines in separate processes: target and initiator, their output, exit codes and endings."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from conftest import Start, clean_env
+
+from mooncake_hpc.metadata.store import open_store
+from mooncake_hpc.settings import Settings
+
+BENCH = (sys.executable, "-m", "mooncake_hpc", "bench")
+FINAL = re.compile(r"^Test completed: duration (\d+\.\d\d), batch count (\d+), throughput (\d+\.\d\d) GB/s$")
+SMALL = ("--block_size=4096", "--batch_size=8", "--threads=2", "--buffer_size=1048576")
+QUICK = (*SMALL, "--duration=0.5")
+
+
+def run(*flags: str, command: Sequence[str] = BENCH, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*command, *flags], capture_output=True, text=True, timeout=60, env=clean_env(**env))
+
+
+def target(start: Start, metadata: str, name: str, *flags: str) -> tuple[subprocess.Popen[str], list[str]]:
+    """A target that is ready, and the words of the initiator's command that it printed."""
+    where = (f"--metadata_server={metadata}", f"--local_server_name={name}", "--protocol=tcp")
+    process = start(*BENCH, "--mode=target", *where, *flags)
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "initiator's command" in line:
+            return process, shlex.split(next(process.stdout))
+    pytest.fail(f"target ended with {process.wait()}:\n{''.join(lines)}")
+
+
+def test_help_and_version() -> None:
+    shown = run("--help")
+    assert shown.returncode == 0 and "--block_size  (int, bytes; default 65536)" in shown.stdout
+    assert run("--version").stdout.startswith("mooncake-hpc ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--blok_size=1"], "unknown flag --blok_size; did you mean --block_size"),
+        ([], "--metadata_server is missing"),
+        (["--metadata_server=127.0.0.1:1"], "--segment_id is missing"),
+        (["--metadata_server=a:1", "--segment_id=b:1", "--block_size=0"], "--block_size=0 must be at least 1"),
+        (["--metadata_server=a:1", "--mode=target", "--buffer_size=9000000000000000"], "bytes of memory"),
+        (["--metadata_server=a:1", "--mode=target", "--device_name=nic_7"], "no RDMA device nic_7; /sys/class"),
+        (["--metadata_server=embedded", "--segment_id=b:1", "--protocol=tcp"], "needs its target's metadata server"),
+        (["--metadata_server=http://a:1/m", "--segment_id=b:1", "--protocol=tcp"], "http"),
+        (["--metadata_server=a:1", "--segment_id=b:1", "--json=/nowhere/x"], "cannot be written"),
+        (["--metadata_server=a:1", "--segment_id=b:1", "--report_precision=99"], "--report_precision=99"),
+    ],
+)
+def test_flags_that_cannot_be(flags: list[str], message: str) -> None:
+    result = run(*flags)
+    assert result.returncode == 2, result
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_target_and_the_printed_command(etcd: str, start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    serving, command = target(start, etcd, "127.0.0.1:21001", *SMALL)
+    shown = run("--duration=0.5", f"--json={file}", "--verify", command=command)
+    assert shown.returncode == 0, shown
+    match = FINAL.match(shown.stdout.splitlines()[-1])
+    assert match and int(match[2]) > 0 and "carried by tcp" in shown.stdout
+    [line] = file.read_text().splitlines()
+    result = json.loads(line)
+    assert result["schema"] == 1 and result["transports"] == ["tcp"] and result["errors"] == 0
+    assert result["config"]["block_size"] == 4096 and result["machine"]["cores"] >= 1
+    assert result["wrong_bytes"] == 0 < result["compared_bytes"]
+    assert result["batches"] == int(match[2]) and result["initiators"][0]["pid"] > 0
+    assert result["batch_latency_us"]["p50"] <= result["batch_latency_us"]["max"]
+    assert sum(result["initiators"][0]["lane_bytes"].values()) >= result["bytes"]
+    assert serving.poll() is None
+
+
+@pytest.mark.parametrize("operation", ["read", "write"])
+def test_cpu_of_both_sides_and_units(etcd: str, start: Start, tmp_path: Path, operation: str) -> None:
+    file = tmp_path / "result.json"
+    _, command = target(start, etcd, "127.0.0.1:21002", *SMALL)
+    units = ("--report_unit=MiB", "--report_precision=0")
+    shown = run(f"--operation={operation}", "--duration=0.5", f"--json={file}", *units, command=command)
+    assert re.search(r"throughput \d+ MiB/s$", shown.stdout.splitlines()[-1]), shown
+    result = json.loads(file.read_text())
+    assert result["target_cpu_seconds"] > 0 and result["initiator_cpu_seconds"] > 0
+
+
+def keys(etcd: str, name: str) -> list[str]:
+    with open_store(etcd, Settings()) as store:
+        return [key for key in store.list("mooncake/") if key.endswith(name)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_target_ends_cleanly_and_removes_its_keys(etcd: str, start: Start, number: signal.Signals) -> None:
+    name = f"127.0.0.1:{21100 + number}"
+    process, _ = target(start, etcd, name, *SMALL)
+    assert len(keys(etcd, name)) == 2
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == 0 and output.splitlines()[-1] == f"target {name} ends"
+    assert keys(etcd, name) == []
+
+
+def test_a_killed_target_restarts_under_its_name_at_once(etcd: str, start: Start) -> None:
+    first, _ = target(start, etcd, "127.0.0.1:21003", *SMALL)
+    first.kill()
+    first.wait()
+    _, command = target(start, etcd, "127.0.0.1:21003", *SMALL)
+    shown = run("--duration=0.3", command=command)
+    assert shown.returncode == 0, shown
+
+
+def test_a_living_targets_name_is_refused(etcd: str, start: Start) -> None:
+    target(start, etcd, "127.0.0.1:21004", *SMALL)
+    second = run("--mode=target", f"--metadata_server={etcd}", "--local_server_name=127.0.0.1:21004", "--protocol=tcp")
+    assert second.returncode == 1 and "NameInUse" in second.stderr and "127.0.0.1:21004" in second.stderr
+
+
+def test_a_target_that_is_too_small_is_noticed_before_the_run(etcd: str, start: Start) -> None:
+    _, command = target(start, etcd, "127.0.0.1:21005", *SMALL)
+    shown = run("--block_size=1048576", command=command)
+    assert shown.returncode == 2 and "start the target with --buffer_size=16777216" in shown.stderr
+
+
+def test_nobody_has_the_name(etcd: str) -> None:
+    result = run(f"--metadata_server={etcd}", "--segment_id=nobody:1", "--protocol=tcp", *QUICK)
+    assert result.returncode == 1 and "SegmentNotFound" in result.stderr and "nobody:1" in result.stderr
+
+
+def test_no_etcd() -> None:
+    begin = time.monotonic()
+    result = run(
+        "--metadata_server=127.0.0.1:9", "--segment_id=b:1", "--protocol=tcp", *QUICK, MOONCAKE_HPC_METADATA_TIMEOUT="1"
+    )
+    assert result.returncode == 1 and "MetadataUnavailable" in result.stderr and "127.0.0.1:9" in result.stderr
+    assert time.monotonic() - begin < 15
+
+
+def test_a_target_killed_in_mid_run_fails_the_initiator(etcd: str, start: Start) -> None:
+    process, command = target(start, etcd, "127.0.0.1:21006", *SMALL)
+    initiator = start(*command, "--duration=30")
+    assert initiator.stdout is not None
+    for line in initiator.stdout:
+        if line.startswith("mode="):
+            break
+    time.sleep(1.0)
+    process.kill()
+    output, _ = initiator.communicate(timeout=20)
+    assert initiator.returncode == 1 and "FAILED: PeerLost" in output, output
+
+
+def test_without_any_metadata_server(start: Start) -> None:
+    _, command = target(start, "P2PHANDSHAKE", "127.0.0.1:21007", *SMALL)
+    shown = run("--duration=0.3", command=command)
+    assert shown.returncode == 0 and FINAL.match(shown.stdout.splitlines()[-1]), shown
+
+
+def test_a_target_with_an_embedded_etcd(start: Start) -> None:
+    process, command = target(start, "embedded", "127.0.0.1:21008", *SMALL)
+    shown = run("--duration=0.3", command=command)
+    assert shown.returncode == 0, shown
+    process.terminate()
+    assert process.wait(timeout=10) == 0
+
+
+@pytest.mark.parametrize(("protocol", "carrier"), [("shm", "shm"), ("auto", "shm"), ("", "tcp")])
+def test_protocols(etcd: str, start: Start, protocol: str, carrier: str) -> None:
+    flags = [f"--protocol={protocol}"] if protocol else []
+    words = [f"--metadata_server={etcd}", "--local_server_name=127.0.0.1:21009", *SMALL, *flags]
+    process = start(*BENCH, "--mode=target", *words)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "initiator's command" in line:
+            break
+    words[1] = "--local_server_name=127.0.0.1:21010"
+    shown = run(*words, "--segment_id=127.0.0.1:21009", "--duration=0.3")
+    assert shown.returncode == 0 and f"carried by {carrier}:" in shown.stdout, shown
+    assert ("using tcp" in shown.stderr) == (not protocol)
+
+
+def test_ctrl_c_ends_an_initiator(etcd: str, start: Start) -> None:
+    _, command = target(start, etcd, "127.0.0.1:21011", *SMALL)
+    initiator = start(*command, "--duration=60")
+    assert initiator.stdout is not None
+    for line in initiator.stdout:
+        if line.startswith("mode="):
+            break
+    time.sleep(0.7)
+    initiator.send_signal(signal.SIGINT)
+    assert initiator.wait(timeout=10) == 130
+    assert keys(etcd, "127.0.0.1:21012") == []
+
+
+def test_log_flags(etcd: str, tmp_path: Path) -> None:
+    result = run(
+        f"--metadata_server={etcd}", "--segment_id=nobody:1", "--protocol=tcp", *QUICK, "-v=1", f"--log_dir={tmp_path}"
+    )
+    assert result.returncode == 1
+    assert list(tmp_path.glob("mooncake-hpc.*.log"))
+
+
+def test_embedded_etcd_command(start: Start) -> None:
+    process = start(sys.executable, "-m", "mooncake_hpc", "etcd")
+    assert process.stdout is not None
+    endpoint = process.stdout.readline().strip()
+    assert keys(endpoint, "") == []
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 0
