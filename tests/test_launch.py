@@ -1,0 +1,157 @@
+"""The launch scripts and jobs under mpirun, as subprocesses: what is printed, exit codes, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Start, clean_env
+
+FINAL = re.compile(r"^Test completed: duration \d+\.\d\d, batch count \d+, throughput \d+\.\d\d GB/s$")
+QUICK = (
+    "--block_size=4096", "--batch_size=8", "--threads=2", "--buffer_size=1048576", "--duration=0.5", "--timeout=15",
+)  # fmt: skip
+
+
+def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=90, env=clean_env(**env))
+
+
+def processes(word: str) -> list[int]:
+    """Processes of this machine whose command line has `word`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                line = (entry / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if word in line:
+                found.append(int(entry.name))
+    return found
+
+
+def test_launch_bench_runs_a_whole_job(tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    result = run("launch/bench", *QUICK, f"--json={file}", "--verify")
+    assert result.returncode == 0, result
+    lines = result.stdout.splitlines()
+    assert FINAL.match(lines[-1]), lines
+    assert sum(line.startswith("Test completed") for line in lines) == 1
+    report = json.loads(file.read_text())
+    assert report["transports"] == ["tcp"] and report["wrong_bytes"] == 0 < report["compared_bytes"]
+
+
+def test_launch_bench_with_four_ranks_sums_up() -> None:
+    result = run("launch/bench", *QUICK, "--pattern=all_to_all", NP="4")
+    assert result.returncode == 0, result
+    rows = [line for line in result.stdout.splitlines() if " -> " in line or line.startswith("sum ")]
+    assert len(rows) == 5 and rows[-1].startswith("sum ")
+
+
+def test_launch_bench_help_needs_no_launcher() -> None:
+    result = run("launch/bench", "--help")
+    assert result.returncode == 0 and "--block_size" in result.stdout
+
+
+def test_a_bad_flag_is_told_once() -> None:
+    result = run("launch/bench", "--blok_size=1")
+    assert result.returncode != 0
+    assert result.stderr.count("unknown flag --blok_size") == 1, result.stderr
+
+
+def test_an_odd_number_of_ranks_is_refused_with_a_reason() -> None:
+    result = run("launch/bench", *QUICK, NP="3")
+    assert result.returncode != 0 and "--pattern=pairs needs an even number of ranks" in result.stderr
+
+
+def test_an_exception_on_one_rank_ends_the_job_with_its_message(mpirun: str) -> None:
+    script = """
+import sys
+from mooncake_hpc.mpi import World, detect
+world = World(detect())
+with world.guarded():
+    if world.rank == 1:
+        raise RuntimeError("rank one is unwell")
+    world.barrier(60, "the unwell")
+"""
+    begin = time.monotonic()
+    result = run(mpirun, "-n", "3", sys.executable, "-c", script)
+    assert result.returncode != 0 and "rank 1 on" in result.stderr and "rank one is unwell" in result.stderr
+    assert time.monotonic() - begin < 20
+
+
+def test_another_libraries_launcher_is_noticed() -> None:
+    command = [sys.executable, "-m", "mooncake_hpc", "bench", "--metadata_server=embedded", "--protocol=tcp", *QUICK]
+    result = run(*command, OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="2")
+    assert result.returncode == 2 and "the launcher and the library do not match" in result.stderr, result
+
+
+def test_ranks_with_a_named_mode_are_processes_on_their_own(mpirun: str, etcd: str) -> None:
+    bench = [sys.executable, "-m", "mooncake_hpc", "bench", f"--metadata_server={etcd}", "--protocol=tcp", *QUICK]
+    result = run(mpirun, "-n", "2", *bench, "--mode=initiator", "--segment_id=nobody:1")
+    assert result.returncode != 0 and result.stderr.count("SegmentNotFound") == 2, result
+
+
+def start_long_job(start: Start) -> tuple[subprocess.Popen[str], str]:
+    """launch/bench in its timed window, and a flag by which its processes are found."""
+    mark = f"--seed={os.getpid()}{time.monotonic_ns()}"
+    process = start(str(ROOT / "launch" / "bench"), *QUICK, "--duration=60", mark)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("mode="):
+            break
+    time.sleep(1.0)
+    return process, mark
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_to_launch_bench_ends_everything(start: Start, number: signal.Signals) -> None:
+    before = set(processes("--listen-client-urls"))
+    process, mark = start_long_job(start)
+    assert processes(mark)
+    process.send_signal(number)
+    process.wait(timeout=20)
+    deadline = time.monotonic() + 15
+    while (left := processes(mark) + [p for p in processes("--listen-client-urls") if p not in before]) and (
+        time.monotonic() < deadline
+    ):
+        time.sleep(0.1)
+    assert not left, left
+
+
+def test_transfer_engine_bench_execs(start: Start, etcd: str) -> None:
+    """From its folder, as the original's documents have it; a signal reaches the program itself."""
+    words = ["--mode=target", f"--metadata_server={etcd}", "--local_server_name=127.0.0.1:21200", "--protocol=tcp"]
+    process = start("./transfer_engine_bench", *words, *QUICK[:4], cwd=ROOT / "launch")
+    assert process.stdout is not None
+    assert "target 127.0.0.1:21200 is ready" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 0
+
+
+@pytest.mark.slow
+def test_set_up_of_a_fresh_checkout(tmp_path: Path) -> None:
+    """A copy without .venv makes one on first use and runs; a second use installs nothing."""
+    checkout = tmp_path / "checkout"
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    for name in tracked.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+            (checkout / name).write_bytes((ROOT / name).read_bytes())
+            (checkout / name).chmod((ROOT / name).stat().st_mode)
+    script = str(checkout / "launch" / "transfer_engine_bench")
+    env = clean_env()
+    env.pop("NUMBA_CACHE_DIR", None)
+    first = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=110, env=env)
+    assert first.returncode == 0 and first.stdout.startswith("mooncake-hpc"), first
+    assert "setting up" in first.stderr
+    second = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=30, env=env)
+    assert second.returncode == 0 and second.stderr == ""
