@@ -15,7 +15,7 @@ from mooncake_hpc.bench.plan import BenchConfig, Remote, build_requests
 from mooncake_hpc.bench.runner import Runner, transfer
 from mooncake_hpc.bench.verify import Verifier, spans_of
 from mooncake_hpc.errors import PeerLost, TransferError
-from mooncake_hpc.kernels import prepare
+from mooncake_hpc.workers.pool import WorkerPool
 
 BLOCK, BATCH, THREADS = 4096, 8, 2
 Change = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
@@ -72,7 +72,7 @@ class Rig:
         self.runner = Runner(self.engine, self.config, self.batches)
         self.verifier = Verifier(
             self.config,
-            prepare,
+            WorkerPool(0),
             lambda requests: transfer(self.engine, requests, 5),
             spans_of([(base, self.local)], self.batches, region),
             self.batches,

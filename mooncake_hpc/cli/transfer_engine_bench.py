@@ -89,26 +89,30 @@ def main(arguments: Sequence[str], command: Sequence[str] = ("transfer_engine_be
 
     Raises ConfigError and what the bench raises; the caller prints.
     """
-    flags = FLAGS.parse(arguments, os.environ)
+    launch = detect()
+    try:
+        flags = FLAGS.parse(arguments, os.environ)
+        if flags.wants_help or flags.wants_version:
+            return _tell(flags)
+        settings = Settings.from_env()
+        alone = launch is None or "mode" in flags.named or (launch.size == 1 and bool(flags.text("segment_id")))
+        config = configure(flags, settings, launch, alone)
+    except ConfigError:
+        if launch is None or launch.rank == 0:
+            raise
+        return 2  # the same on every rank; rank 0 says why
+    glog.set_up(flags)
+    return _run(flags, config, settings, None if alone else launch, command)
+
+
+def _tell(flags: Parsed) -> int:
     if flags.wants_help:
         print(FLAGS.help(), end="")
-        return 0
-    if flags.wants_version:
+    else:
         import mooncake_hpc
 
         print(f"mooncake-hpc {mooncake_hpc.__version__}")
-        return 0
-    glog.set_up(flags)
-    launch = detect()
-    settings = Settings.from_env()
-    alone = launch is None or "mode" in flags.named or (launch.size == 1 and bool(flags.text("segment_id")))
-    try:
-        config = configure(flags, settings, launch, alone)
-    except ConfigError:
-        if launch is None or launch.rank == 0 or alone:
-            raise
-        return 2  # rank 0 says why
-    return _run(flags, config, settings, None if alone else launch, command)
+    return 0
 
 
 def configure(flags: Parsed, settings: Settings, launch: Launch | None, alone: bool) -> BenchConfig:
