@@ -93,7 +93,7 @@ def main(arguments: Sequence[str], command: Sequence[str] = ("transfer_engine_be
     try:
         flags = FLAGS.parse(arguments, os.environ)
         if flags.wants_help or flags.wants_version:
-            return _tell(flags)
+            return _tell(flags) if launch is None or launch.rank == 0 else 0
         settings = Settings.from_env()
         alone = launch is None or "mode" in flags.named or (launch.size == 1 and bool(flags.text("segment_id")))
         config = configure(flags, settings, launch, alone)
