@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mooncake_hpc.batch import READ, WRITE
+from mooncake_hpc.batch import READ, REQUEST, WRITE
 from mooncake_hpc.bench.plan import PATTERNS, BenchConfig, Remote, build_requests, check_room, cover_requests, roles
 from mooncake_hpc.errors import ConfigError
 
@@ -31,7 +31,7 @@ def test_all_submitters_cover_the_footprint_once() -> None:
     batches = [build_requests(SMALL, t, 0, [Remote(0, 0)]) for t in range(3)]
     cover = cover_requests(batches, WRITE)
     assert cover["local_addr"].tolist() == [64 * s for s in range(12)]
-    assert set(cover["opcode"]) == {WRITE} and set(batches[0]["opcode"]) == {READ}
+    assert cover.dtype == REQUEST and set(cover["opcode"]) == {WRITE} and set(batches[0]["opcode"]) == {READ}
 
 
 def test_several_targets_share_the_slots_evenly() -> None:

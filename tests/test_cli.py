@@ -153,9 +153,9 @@ def test_a_target_killed_in_mid_run_fails_the_initiator(etcd: str, start: Start)
     initiator = start(*command, "--duration=30")
     assert initiator.stdout is not None
     for line in initiator.stdout:
-        if line.startswith("mode="):
+        if line.startswith("connected"):
             break
-    time.sleep(1.0)
+    time.sleep(0.3)
     process.kill()
     output, _ = initiator.communicate(timeout=20)
     assert initiator.returncode == 1 and "FAILED: PeerLost" in output, output
@@ -195,9 +195,9 @@ def test_ctrl_c_ends_an_initiator(etcd: str, start: Start) -> None:
     initiator = start(*command, "--duration=60")
     assert initiator.stdout is not None
     for line in initiator.stdout:
-        if line.startswith("mode="):
+        if line.startswith("connected"):
             break
-    time.sleep(0.7)
+    time.sleep(0.3)
     initiator.send_signal(signal.SIGINT)
     assert initiator.wait(timeout=10) == 130
     assert keys(etcd, "127.0.0.1:21012") == []

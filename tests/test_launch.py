@@ -106,7 +106,7 @@ def start_long_job(start: Start) -> tuple[subprocess.Popen[str], str]:
     process = start(str(ROOT / "launch" / "bench"), *QUICK, "--duration=60", mark)
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("mode="):
+        if line.startswith("connected"):
             break
     time.sleep(1.0)
     return process, mark

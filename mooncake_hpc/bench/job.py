@@ -136,6 +136,7 @@ def run_initiator(config: BenchConfig, settings: Settings, output: Output) -> in
             output.say(line)
         initiator.warm_up(pool)
         before = initiator.target_cpu()
+        output.say(f"connected and warm; running for {config.duration:g} s")
         result = initiator.run(pool)
         after = None if before is None or config.verify or result.measured.failure else initiator.target_cpu()
         cpu = None if before is None or after is None else after - before
@@ -181,6 +182,8 @@ def _measure(config: BenchConfig, engine: TransferEngine, world: World, output: 
             initiator = Initiator(engine, config, [names[target] for target in role.targets], regions)
             initiator.warm_up(pool)
         world.barrier(wait + config.batch_timeout * config.warmup, "initiators connect and warm up")
+        if world.rank == 0:
+            output.say(f"connected and warm; running for {config.duration:g} s")
         cpu = time.process_time()
         result = initiator.run(pool) if initiator else None
     if result:

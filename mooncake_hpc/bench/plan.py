@@ -110,7 +110,7 @@ def build_requests(config: BenchConfig, thread: int, local: int, remotes: Sequen
 
 def cover_requests(batches: Sequence[npt.NDArray[Any]], opcode: int) -> npt.NDArray[Any]:
     """All submitters' requests as one batch, by address: to seed, poison or read the other side."""
-    requests = np.concatenate(batches)
+    requests = np.concatenate(batches, dtype=REQUEST)  # numpy would drop the padding
     requests["opcode"] = opcode
     return requests[np.argsort(requests["local_addr"])]
 
