@@ -156,7 +156,7 @@ def run_ranks(config: BenchConfig, settings: Settings, launch: Launch, world: Wo
     wait = config.timeout + SETTLE
     with ExitStack() as stack:
         metadata, settings = _shared_metadata(config, settings, world, stack, wait)
-        config = replace(config, local_server_name=config.local_server_name or default_name(launch))
+        config = replace(config, mode="by rank", local_server_name=config.local_server_name or default_name(launch))
         with _engine(config, metadata, settings) as engine:
             ends = _measure(config, engine, world, output, wait)
             code = _report_all(config, ends, output) if world.rank == 0 else 0
