@@ -90,11 +90,12 @@ class WorkerPool:
         self._jobs: list[Job | None] = [None] * ring.JOBS
         self._next = 0
         self._control = MemoryFile(ring.CONTROL_BYTES, "mooncake-workers")
-        self._words = self._control.array  # keeps the mapping for jobs that are waited for after close()
+        self._words: Bytes | None = self._control.array  # keeps the mapping for jobs that outlive close()
         self._address = self._control.address
         self._workers: list[WorkerProcess] = []
         # compiled here, once and for the cache: each worker alone would need seconds and 30 MB more
-        ring.serve(self._address, MOST, ring.HERE, 0, 0, 0)
+        if count:
+            ring.serve(self._address, MOST, ring.HERE, 0, 0, 0)
         try:
             for owner in range(1, count + 1):
                 self._workers.append(WorkerProcess(owner, self._control))
@@ -149,12 +150,19 @@ class WorkerPool:
         """End the workers, by force after `timeout` seconds. Unfinished jobs are done by who waits for them."""
         with self._lock:
             workers, self._workers = self._workers, []
-            if os.getpid() != self._pid:
-                for worker in workers:
-                    worker.abandon()
-            else:
-                self._end(workers, time.monotonic() + timeout)
+            words = self._words
+        if words is not None and os.getpid() == self._pid:
+            self._end(workers, time.monotonic() + timeout)
+        for worker in workers:
+            worker.abandon()
+        with self._lock:
             self._control.close()
+            self._unmap()
+
+    def _unmap(self) -> None:
+        """Give up the ring once the pool is closed and nobody has a job in it."""
+        if not self._workers and not any(self._jobs):
+            self._words = None
 
     def _end(self, workers: list[WorkerProcess], deadline: float) -> None:
         for worker in workers:
@@ -233,6 +241,10 @@ class WorkerPool:
 
     def _help(self, job: Job, nanoseconds: int) -> bool:
         """Work on `job`, then sleep, until it is done (True) or the time is over."""
+        with self._lock:
+            words = self._words  # held while the kernel runs
+        if words is None or job._results is not None:
+            return True
         done = bool(ring.help_and_wait(self._address, job._number, nanoseconds))
         with self._lock:
             return self._collect(job) if done else self._reap()
@@ -247,17 +259,18 @@ class WorkerPool:
 
     def _collect(self, job: Job) -> bool:
         """Take the results of a finished job out of its slot, for whichever thread comes first."""
-        if job._results is None:
+        if job._results is None and self._words is not None:
             start = ring.slot(self._address, job._number) + ring.RESULTS - self._address
             job._results = self._words[start : start + 8 * job._pieces].view(np.int64).tolist()
             job._arrays = ()
             self._jobs[job._number % ring.JOBS] = None
             ring.set_tail(self._address, min((j._number for j in self._jobs if j), default=self._next))
+            self._unmap()
         return True
 
     def _reap(self) -> bool:
         """Replace workers that died and put back what they held. Raises WorkerError when too many did; False."""
-        for index, worker in enumerate(tuple(self._workers)):
+        for index, worker in enumerate(tuple(self._workers) if os.getpid() == self._pid else ()):
             status = worker.exit_status()
             if status is not None and not self._failure:
                 worker.end(0)

@@ -94,7 +94,7 @@ class WorkerProcess:
             channel.send(self._end, channel.Message(channel.STOP))
 
     def abandon(self) -> None:
-        """Close our end only: this process is a fork of the worker's parent."""
+        """Close our end only; for a fork of the worker's parent."""
         self._end.close()
 
     def end(self, deadline: float) -> None:
