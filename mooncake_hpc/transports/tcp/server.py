@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mooncake_hpc.kernels import tcp_server as native
+from mooncake_hpc.kernels.tcp_client import LIST, OK
 from mooncake_hpc.transports.base import Registration, Tables
 from mooncake_hpc.transports.lane import spin_time
 
@@ -32,7 +33,7 @@ class Connection:
         self.block = np.zeros(native.CONNECTION_WORDS, np.int64)
         self.address = int(self.block.ctypes.data)
         self._stage = np.empty(native.STAGE_BYTES, np.uint8)
-        self._replies = np.empty(2 * native.LIST, np.int64)
+        self._replies = np.empty(2 * LIST, np.int64)
         values = {
             native.FD: client.fileno(),
             native.EXPORTS: exports,
@@ -40,8 +41,8 @@ class Connection:
             native.REPLIES: int(self._replies.ctypes.data),
             native.SPIN: spin_time(),
             native.PATIENCE: int(patience * 1e9),
-            native.GOOD: native.OK,
-            native.REFUSAL: native.OK | 1,
+            native.GOOD: OK,
+            native.REFUSAL: OK | 1,
         }
         for word, value in values.items():
             self.block[word // 8] = value
@@ -166,7 +167,11 @@ class TcpServer:
                 log.warning("data port %d: accept: %s", self.port, error)
                 time.sleep(0.05)
                 continue
-            self._admit(client)
+            try:
+                self._admit(client)
+            except Exception:  # the next client is to be served all the same
+                log.exception("data port %d: a connection could not be set up", self.port)
+                client.close()
 
     def _admit(self, client: socket.socket) -> None:
         client.setblocking(False)
