@@ -2,14 +2,11 @@
 
 import ctypes
 import json
-import os
-import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
+from interop import VERSIONS, Peer
 
 from mooncake_hpc.address import bind_listener, join
 from mooncake_hpc.control import client
@@ -24,87 +21,12 @@ from mooncake_hpc.settings import Settings
 pytestmark = pytest.mark.interop
 
 SETTINGS = Settings()
-CHECKOUT = Path(__file__).parents[1]
 LENGTH = 1 << 16
-
-# Runs under the original's Python: reads JSON calls [method, arguments...] from stdin, answers a JSON line each
-PEER = """
-import ctypes, json, sys, os
-answers = os.fdopen(os.dup(1), "w", buffering=1)
-os.dup2(2, 1)  # the original logs to stdout
-from mooncake.engine import TransferEngine, TransferNotify, TransferOpcode
-engine = TransferEngine()
-assert engine.initialize("127.0.0.1:12345", "P2PHANDSHAKE", "tcp", "") == 0
-buffer = ctypes.create_string_buffer(int(sys.argv[1]))
-assert engine.register_memory(ctypes.addressof(buffer), len(buffer)) == 0
-answers.write(json.dumps([engine.get_rpc_port(), ctypes.addressof(buffer)]) + "\\n")
-for line in sys.stdin:
-    method, *arguments = json.loads(line)
-    if method == "get_notifies":
-        answer = [[n.name, n.msg] for n in engine.get_notifies()]
-    elif method == "notify":
-        target, address, name, text = arguments
-        answer = engine.transfer_sync(
-            target, ctypes.addressof(buffer), address, 0, TransferOpcode.Read, TransferNotify(name, text))
-    else:
-        answer = getattr(engine, method)(*arguments) if hasattr(engine, method) else "absent"
-    answers.write(json.dumps(answer) + "\\n")
-os._exit(0)
-"""
-
-
-VERSIONS = ("0.3.13.post1", "0.3.12.post1", "0.3.10.post2")
-
-
-def peer_python(version: str) -> str:
-    """MOONCAKE_PEER_PYTHON stands in for the newest version."""
-    path = CHECKOUT / ".mooncake" / "peers" / version / "bin" / "python"
-    chosen = os.environ.get("MOONCAKE_PEER_PYTHON") if version == VERSIONS[0] else None
-    if not chosen and not path.exists():
-        text = f"no Python with the original's {version} at {path}; launch/test sets it up"
-        if os.environ.get("CI"):
-            pytest.fail(text)
-        pytest.skip(text)
-    return chosen or str(path)
-
-
-class Peer:
-    """The original in a process of its own."""
-
-    def __init__(self, version: str = VERSIONS[0]) -> None:
-        env = dict(os.environ, MC_TCP_BIND_ADDRESS="127.0.0.1", MC_LOG_LEVEL="ERROR")
-        command = [peer_python(version), "-c", PEER, str(LENGTH)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-        )
-        self.port, self.buffer = self._answer()
-
-    @property
-    def name(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
-    def call(self, method: str, *arguments: object) -> Any:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([method, *arguments]) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            assert self.process.stderr is not None
-            pytest.fail(f"the original ended: {self.process.stderr.read()[-2000:]}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate(timeout=10)
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
 def peer(request: pytest.FixtureRequest) -> Iterator[Peer]:
-    original = Peer(request.param)
+    original = Peer(request.param, LENGTH)
     yield original
     original.close()
 
