@@ -18,14 +18,14 @@ from mooncake_hpc.batch import READ, REQUEST, WRITE, Batch, Requests
 from mooncake_hpc.control import client
 from mooncake_hpc.control.directory import Directory
 from mooncake_hpc.control.server import ControlServer, Handlers, Notifications, open_rpc_listener
-from mooncake_hpc.errors import ConfigError, MooncakeError, PeerLost, RegistrationError, TransferTimeout
+from mooncake_hpc.errors import MooncakeError, PeerLost, RegistrationError, TransferTimeout
 from mooncake_hpc.memory import MemoryFile, describe
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.remote import Segment
 from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.slicing import Slicer
-from mooncake_hpc.transports.base import Registration, Tables, Transport
+from mooncake_hpc.transports.base import Registration, Tables
 from mooncake_hpc.transports.registry import make_transports
 
 log = logging.getLogger(__name__)

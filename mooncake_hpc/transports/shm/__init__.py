@@ -1,0 +1,41 @@
+"""Shared memory between processes of one host and user: the peer's memory files are mapped, and copied from and to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mooncake_hpc.errors import PeerLost
+from mooncake_hpc.segment import SegmentDescriptor
+from mooncake_hpc.transports.base import Peer, Registration, Transport
+from mooncake_hpc.transports.shm.client import ShmRoute, dial
+from mooncake_hpc.transports.shm.server import ShmServer
+
+
+class ShmTransport(Transport):
+    """Serves what `allocate()` made; registered memory of the caller's cannot be mapped by others."""
+
+    name = "shm"
+
+    def __init__(self) -> None:
+        self._server = ShmServer()
+
+    def export(self, registrations: Sequence[Registration], *, shrinks: bool) -> None:
+        self._server.export(registrations, shrinks=shrinks)
+
+    def describe(self, descriptor: SegmentDescriptor) -> SegmentDescriptor:
+        return replace(descriptor, shm_socket=self._server.address)
+
+    def connect(self, peer: Peer) -> ShmRoute | None:
+        address = peer.descriptor.shm_socket
+        connection = dial(address) if address else None
+        if connection is None:
+            return None
+        try:
+            return ShmRoute(peer, connection)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            connection.close()
+            raise PeerLost(f"segment {peer.name!r}: its shared memory cannot be mapped: {error}") from error
+
+    def close(self) -> None:
+        self._server.close()

@@ -1,0 +1,199 @@
+"""The shared-memory lane: whoever leads copies, straight between our memory and the peer's mapped files.
+
+A page shared with the peer holds the version of its registrations and the version that we are busy under, as between
+a TCP server and its connections: the peer changes the version and waits until nobody is busy with an older one.
+"""
+
+from __future__ import annotations
+
+from mooncake_hpc.kernels.lane import (
+    AGAIN,
+    BROKEN,
+    CANCEL,
+    CANCELLED,
+    CAUSE,
+    DONE_SLICES,
+    DOWN,
+    EMPTY,
+    ENTRY_BATCH,
+    ENTRY_SLICES,
+    FINISHED,
+    HEAD,
+    LENGTH,
+    LOCAL,
+    META,
+    OWNER,
+    PROGRESS,
+    REJECTED,
+    REMOTE,
+    SLICE,
+    STATE,
+    TAIL,
+    UP,
+    URGENT,
+    WORD,
+    WRITING,
+    await_batch,
+    finish_head,
+    follow,
+    hand_over,
+    head_entry,
+    neglected,
+    rest,
+    ring_thread,
+)
+from mooncake_hpc.kernels.native import (
+    compare_exchange,
+    copy,
+    errno,
+    fence,
+    get,
+    kernel,
+    load,
+    now,
+    put,
+    recv,
+    store,
+)
+from mooncake_hpc.kernels.ranges import reach
+
+# --- words of the lane block
+FD = 128  # Unix socket to the peer; its end is the peer's end
+PAGE = 136  # the page shared with the peer
+VERSION = 144  # version of the peer's registrations that TABLES and FILES describe
+TABLES = 152  # readable, writable
+FILES = 160  # n, then n times {start at the peer, end at the peer, start here}
+OFFSET = 168  # bytes of the head slice that have been copied
+SCRATCH = 176
+
+# --- words of the page
+PAGE_VERSION, PAGE_BUSY, PAGE_BYTES = 0, 8, 4096
+
+TURN = 4 << 20  # bytes to copy between two looks at the clock and the page
+STALE, EOF = -101, -100  # CAUSE: the peer's registrations changed; the peer is gone
+PEEK_DONTWAIT = 0x42
+EAGAIN = 11
+NAP = 50_000_000
+
+
+@kernel
+def _here(lane, address):
+    """Where the peer's `address` is mapped in our process; 0: nowhere."""
+    files = get(lane + FILES)
+    for index in range(get(files)):
+        entry = files + 8 + 24 * index
+        if get(entry) <= address < get(entry + 8):
+            return address - get(entry) + get(entry + 16)
+    return 0
+
+
+@kernel
+def _copy_some(lane, budget):
+    """Copy at most `budget` bytes of the head slice, completing it when whole; the bytes."""
+    entry = head_entry(lane)
+    piece = get(entry + ENTRY_SLICES) + SLICE * get(lane + DONE_SLICES)
+    writing = get(piece + META) & WRITING
+    length, remote, offset = get(piece + LENGTH), get(piece + REMOTE), get(lane + OFFSET)
+    theirs = _here(lane, remote)
+    if load(get(entry + ENTRY_BATCH) + CANCEL) != 0:
+        put(lane + OFFSET, 0)
+        finish_head(lane, CANCELLED)
+        return 0
+    if theirs == 0 or reach(get(get(lane + TABLES) + 8 * writing), remote) - remote < length:
+        put(lane + OFFSET, 0)
+        finish_head(lane, REJECTED)
+        return 0
+    size = min(length - offset, budget)
+    ours = get(piece + LOCAL) + offset
+    if writing:
+        copy(theirs + offset, ours, size)
+    else:
+        copy(ours, theirs + offset, size)
+    if offset + size == length:
+        put(lane + OFFSET, 0)
+        finish_head(lane, 0)
+    else:
+        put(lane + OFFSET, offset + size)
+    return size
+
+
+@kernel
+def _peer_lives(lane):
+    return recv(get(lane + FD), lane + SCRATCH, 1, PEEK_DONTWAIT) < 0 and errno() == EAGAIN
+
+
+@kernel
+def _turn(lane, batch):
+    """Copy about TURN bytes as long as the batch (0: anything) is not done; BROKEN, or 0."""
+    page, version = get(lane + PAGE), get(lane + VERSION)
+    if not _peer_lives(lane):
+        put(lane + CAUSE, EOF)
+        return BROKEN
+    store(page + PAGE_BUSY, version)
+    fence()
+    code = 0
+    if load(page + PAGE_VERSION) != version:
+        put(lane + CAUSE, STALE)
+        code = BROKEN
+    left = TURN
+    while code == 0 and left > 0 and get(lane + HEAD) != load(lane + TAIL):
+        left -= _copy_some(lane, left) + 256  # an empty slice costs something too
+        if batch != 0 and load(batch + WORD) & 1:
+            left = 0
+    store(page + PAGE_BUSY, 0)
+    return code
+
+
+@kernel
+def _lead(lane, batch, until):
+    while True:
+        if _turn(lane, batch) == BROKEN:
+            return BROKEN
+        if batch != 0 and load(batch + WORD) & 1:
+            return FINISHED
+        if get(lane + HEAD) == load(lane + TAIL):
+            return FINISHED if batch == 0 else EMPTY
+        time = now()
+        put(lane + PROGRESS, time)
+        if time >= until:
+            return AGAIN
+
+
+@kernel
+def drive(lane, batch, until):
+    """Wait for `batch` (0: everything) until `until`; as `tcp_client.drive`."""
+    while True:
+        if batch != 0 and load(batch + WORD) & 1:
+            return FINISHED
+        if load(lane + STATE) != UP:
+            if batch == 0:
+                return BROKEN
+            return FINISHED if await_batch(batch, until) else AGAIN
+        if compare_exchange(lane + OWNER, 0, 1) == 0:
+            code = AGAIN
+            if load(lane + STATE) == UP:
+                code = _lead(lane, batch, until)
+            if code == BROKEN:
+                compare_exchange(lane + STATE, UP, DOWN)
+                ring_thread(lane)
+            hand_over(lane)
+            if code != BROKEN and code != AGAIN:
+                return code
+        elif batch == 0:
+            return AGAIN
+        else:
+            follow(lane, batch, until)
+        if now() >= until:
+            return AGAIN
+
+
+@kernel
+def attend(lane):
+    """The lane thread's loop, as `tcp_client.attend`."""
+    head = -1
+    while load(lane + STATE) == UP:
+        rest(lane)
+        if neglected(lane, head) or load(lane + URGENT) != 0:
+            store(lane + URGENT, 0)
+            drive(lane, 0, now() + NAP)
+        head = load(lane + HEAD)

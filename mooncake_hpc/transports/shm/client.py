@@ -1,0 +1,148 @@
+"""The initiator's side: maps a peer's memory files and copies."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mooncake_hpc.errors import MooncakeError, PeerLost
+from mooncake_hpc.kernels import lane as layout
+from mooncake_hpc.kernels import shm as native
+from mooncake_hpc.memory import MemoryFile
+from mooncake_hpc.segment import SegmentDescriptor
+from mooncake_hpc.transports.base import Peer, Route, Tables
+from mooncake_hpc.transports.lane import Lane
+from mooncake_hpc.transports.shm import handoff
+
+SEIZE_TIMEOUT = 5_000_000_000  # ns for the lane's leader to notice that its maps are to be replaced
+
+
+class Maps:
+    """What a peer's registrations of one version look like from here."""
+
+    def __init__(self, reply: dict[str, Any], files: dict[int, MemoryFile]) -> None:
+        self.version = int(reply["version"])
+        self.files = files
+        spans = [(int(a), int(a) + int(n), bool(readonly)) for a, n, readonly in reply["buffers"]]
+        self.tables = Tables([(s, e) for s, e, _ in spans], [(s, e) for s, e, readonly in spans if not readonly])
+        rows = [(int(a), int(a) + int(n), files[int(serial)].address) for serial, a, n in reply["files"]]
+        self.index: npt.NDArray[np.int64] = np.array([len(rows), *[word for row in rows for word in row]], np.int64)
+
+
+class ShmLane(Lane):
+    """One Unix socket, which tells that the peer lives, and the maps that came over it."""
+
+    drive_kernel = staticmethod(native.drive)
+    attend_kernel = staticmethod(native.attend)
+
+    def __init__(self, name: str, peer: str, connection: socket.socket) -> None:
+        super().__init__(name, peer, patience=1e9)
+        self._socket = connection
+        self._page: MemoryFile | None = None
+        self._sync_lock = threading.Lock()
+        try:
+            self.maps = self._exchange({})
+        except BaseException:
+            os.close(self._doorbell)
+            raise
+        assert self._page is not None
+        self._set(native.FD, connection.fileno())
+        self._set(native.PAGE, self._page.address)
+        self._install()
+        layout.go_up(self.address)
+        self._thread.start()
+
+    def sync(self) -> None:
+        """Ask for the peer's present registrations. Raises PeerLost."""
+        if not layout.seize(self.address, time.monotonic_ns() + SEIZE_TIMEOUT):
+            raise PeerLost(f"{self.peer}: the shared-memory lane is stuck")
+        try:
+            self._update()
+        finally:
+            layout.hand_over(self.address)
+
+    def interrupt(self) -> None:
+        """Nothing to cut: a copy ends by itself."""
+
+    def repair(self) -> None:
+        if self._get(layout.CAUSE) == native.STALE:
+            with contextlib.suppress(MooncakeError):
+                self._update()
+                layout.go_up(self.address)
+                return
+        else:
+            self.last_error = "the peer's process has ended"
+        layout.fail_all(self.address, layout.LOST)
+
+    def disconnect(self) -> None:
+        self._socket.close()
+
+    # --- inside ---------------------------------------------------------------------------------------------
+
+    def _update(self) -> None:
+        """As the lane's owner: replace the maps. Raises PeerLost."""
+        with self._sync_lock:
+            try:
+                self.maps = self._exchange(self.maps.files)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                self.last_error = f"the peer does not hand over its memory: {error}"
+                raise PeerLost(f"{self.peer}: {self.last_error}") from error
+            self._install()
+
+    def _install(self) -> None:
+        self._set(native.VERSION, self.maps.version)
+        self._set(native.TABLES, self.maps.tables.address)
+        self._set(native.FILES, int(self.maps.index.ctypes.data))
+
+    def _exchange(self, known: dict[int, MemoryFile]) -> Maps:
+        handoff.send(self._socket, {"have": list(known)}, [])
+        reply = handoff.receive(self._socket)
+        if reply is None:
+            raise ConnectionResetError("the peer closed the connection")
+        if reply["page"]:
+            self._page = MemoryFile.attach(handoff.receive_fd(self._socket))
+        files = {int(serial): known.get(int(serial)) for serial, _, _ in reply["files"]}
+        for serial in reply["new"]:
+            files[int(serial)] = MemoryFile.attach(handoff.receive_fd(self._socket))
+        return Maps(reply, {serial: file for serial, file in files.items() if file is not None})
+
+
+class ShmRoute(Route):
+    """Reaches those buffers of the peer that it allocated as memory files."""
+
+    transport = "shm"
+
+    def __init__(self, peer: Peer, connection: socket.socket) -> None:
+        self._lane = ShmLane(f"shm/{peer.name}/0", peer.name, connection)
+        self.lanes = [self._lane]
+        self._seen = peer.descriptor
+        super().__init__(peer.descriptor)
+
+    def update(self, descriptor: SegmentDescriptor) -> None:
+        """The registrations come over the socket, which knows them before the metadata store does."""
+        if descriptor is not self._seen:
+            self._seen = descriptor
+            with contextlib.suppress(PeerLost):  # then the requests fail with the lane
+                self._lane.sync()
+        self.tables = self._lane.maps.tables
+
+
+def dial(address: str) -> socket.socket | None:
+    """A connection to the peer's hand-over socket; None when it is not on this host, or not our user's."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        connection.settimeout(handoff.TIMEOUT)
+        connection.connect("\0" + address)
+        if handoff.peer_is_ours(connection):
+            return connection
+    except OSError:
+        pass
+    connection.close()
+    return None
