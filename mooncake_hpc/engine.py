@@ -283,7 +283,8 @@ class TransferEngine:
             _quietly(segment.close)
         for closer in closers:
             _quietly(closer)
-        for registration in self._registrations:
+        gone, self._registrations = self._registrations, ()  # a closed engine keeps no memory
+        for registration in gone:
             if registration.file is not None:
                 registration.file.close()
 
