@@ -1,0 +1,261 @@
+"""A node in a process of its own, driven line by line: what conformance suites and fault tests talk to.
+
+`PeerProcess` is the test's side; `python -m mooncake_hpc.testing.peer` is the node. Over its standard input and
+output go JSON lines: a command with its arguments, and a result or an error. The node ends with its input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from mooncake_hpc.batch import READ, REQUEST, WRITE
+from mooncake_hpc.engine import TransferEngine
+from mooncake_hpc.errors import MooncakeError
+
+Bytes = npt.NDArray[np.uint8]
+
+
+def pattern(seed: int, nbytes: int) -> Bytes:
+    """`nbytes` random bytes, the same ones for a seed in every process."""
+    words = np.random.Generator(np.random.SFC64(seed)).integers(0, 1 << 64, (nbytes + 7) // 8, np.uint64)
+    return words.view(np.uint8)[:nbytes]
+
+
+def digest(data: Bytes) -> str:
+    """What two processes compare instead of the bytes."""
+    return hashlib.sha256(data.data).hexdigest()
+
+
+class PeerError(Exception):
+    """A command failed in the peer; the text begins with the error's type."""
+
+
+class PeerProcess:
+    """Start a node and wait until its engine runs. A context manager; the node never outlives it.
+
+    `env` replaces the environment. Raises PeerError, TimeoutError.
+    """
+
+    def __init__(
+        self,
+        metadata: str,
+        protocol: str,
+        name: str = "peer:1",
+        *,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 60.0,
+    ) -> None:
+        command = [sys.executable, "-m", "mooncake_hpc.testing.peer", metadata, protocol, name]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+        self._received = b""
+        try:
+            self.name: str = self._reply(timeout)  # as published
+        except BaseException:
+            self.kill()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def call(self, command: str, *arguments: Any, timeout: float = 60.0) -> Any:
+        """The result of a method of `Node`. Raises PeerError, TimeoutError."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([command, *arguments]).encode() + b"\n")
+        self.process.stdin.flush()
+        return self._reply(timeout)
+
+    def suspend(self) -> None:
+        """SIGSTOP: its sockets stay open, and nothing answers."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+        self.close()
+
+    def close(self) -> None:
+        """Let it end by itself; killed when it does not within 10 s. Idempotent."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        with contextlib.suppress(ProcessLookupError):
+            self.resume()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _reply(self, timeout: float) -> Any:
+        assert self.process.stdout is not None
+        deadline = time.monotonic() + timeout
+        while b"\n" not in self._received:
+            ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError(f"peer {self.process.pid} has not answered within {timeout:g} s")
+            got = os.read(self.process.stdout.fileno(), 1 << 16)
+            if not got:
+                raise PeerError(f"peer {self.process.pid} has ended")
+            self._received += got
+        line, self._received = self._received.split(b"\n", 1)
+        reply = json.loads(line)
+        if "error" in reply:
+            raise PeerError(reply["error"])
+        return reply["result"]
+
+
+class Node:
+    """The commands of a peer: public methods, called with what came in the line."""
+
+    def __init__(self, engine: TransferEngine) -> None:
+        self._engine = engine
+        self._memory: dict[int, Bytes] = {}  # by address
+        self._hammer: threading.Thread | None = None
+        self._stop_hammer = threading.Event()
+        self._hammered: list[Any] = []
+
+    def allocate(self, nbytes: int, seed: int = 0, remote_accessible: bool = True) -> int:
+        """Shared memory, zeroed or with a pattern; its address."""
+        memory = self._engine.allocate(nbytes, remote_accessible=remote_accessible)
+        if seed:
+            memory[:] = pattern(seed, nbytes)
+        return self._keep(memory)
+
+    def register(self, nbytes: int, seed: int = 0, readonly: bool = False) -> int:
+        """Memory of the process's own, registered; its address."""
+        memory = pattern(seed, nbytes) if seed else np.zeros(nbytes, np.uint8)
+        memory.flags.writeable = not readonly
+        self._engine.register(memory)
+        return self._keep(memory)
+
+    def register_parts(self, nbytes: int, cuts: Sequence[Sequence[int]]) -> int:
+        """One allocation, of which each [begin, end) is registered for itself; its address."""
+        memory = np.zeros(nbytes, np.uint8)
+        self._engine.register_many([memory[begin:end] for begin, end in cuts])
+        return self._keep(memory)
+
+    def unregister(self, address: int) -> float:
+        """Undo `allocate` or `register`, the memory kept for `digest` all the same; seconds that it took."""
+        began = time.monotonic()
+        self._engine.unregister(self._memory[address])
+        return time.monotonic() - began
+
+    def drop(self, address: int) -> None:
+        """Unregister and forget."""
+        self._engine.unregister(self._memory.pop(address))
+
+    def fill(self, address: int, seed: int, length: int | None = None) -> None:
+        memory = self._memory[address][:length]
+        memory[:] = pattern(seed, memory.size)
+
+    def digest(self, address: int, offset: int = 0, length: int | None = None) -> str:
+        end = None if length is None else offset + length
+        return digest(self._memory[address][offset:end])
+
+    def uniform(self, address: int) -> int:
+        """The one byte that all of a buffer holds, or -1."""
+        memory = self._memory[address]
+        return int(memory[0]) if (memory == memory[0]).all() else -1
+
+    def notify(self, segment: str, name: str, text: str) -> None:
+        self._engine.notify(self._engine.open_segment(segment), name, text)
+
+    def notifications(self) -> list[tuple[str, str]]:
+        return self._engine.notifications()
+
+    def cut_connections(self) -> int:
+        """Break every data connection to us from this side; how many there were."""
+        connections = [
+            connection
+            for transport in self._engine._transports
+            if (server := getattr(transport, "server", None))
+            for connection in list(getattr(server, "_connections", ()))
+        ]
+        for connection in connections:
+            connection.stop()
+        return len(connections)
+
+    def hammer(self, segment: str, address: int, length: int, write: bool) -> None:
+        """Transfer the same range over and over from a thread, until `stop_hammer` or an error."""
+        memory = self._engine.allocate(length)
+        self._memory[memory.ctypes.data] = memory
+        target = self._engine.open_segment(segment)
+        record = (WRITE if write else READ, target.id, memory.ctypes.data, address, length)
+        requests = np.array([record] * 4, REQUEST)
+        self._stop_hammer.clear()
+        self._hammered = [0, ""]
+        self._hammer = threading.Thread(target=self._run_hammer, args=(requests,), daemon=True)
+        self._hammer.start()
+
+    def stop_hammer(self) -> list[Any]:
+        """[batches done, the error that ended it or ""]."""
+        assert self._hammer is not None
+        self._stop_hammer.set()
+        self._hammer.join(30)
+        return self._hammered
+
+    def _run_hammer(self, requests: npt.NDArray[Any]) -> None:
+        try:
+            while not self._stop_hammer.is_set():
+                self._engine.submit(requests).wait(20)
+                self._hammered[0] += 1
+        except MooncakeError as error:
+            self._hammered[1] = f"{type(error).__name__}: {error}"
+
+    def _keep(self, memory: Bytes) -> int:
+        address = int(memory.ctypes.data)
+        self._memory[address] = memory
+        return address
+
+
+def main() -> None:
+    metadata, protocol, name = sys.argv[1:]
+    replies = os.fdopen(os.dup(1), "w")  # print() of others would end up between our lines
+    os.dup2(2, 1)
+
+    def answer(**reply: Any) -> None:
+        print(json.dumps(reply), file=replies, flush=True)
+
+    try:
+        engine = TransferEngine(name, metadata, protocol=protocol, bind_address="127.0.0.1")
+    except MooncakeError as error:
+        answer(error=f"{type(error).__name__}: {error}")
+        return
+    with engine:
+        node = Node(engine)
+        answer(result=engine.name)
+        for line in sys.stdin:
+            command, *arguments = json.loads(line)
+            try:
+                answer(result=getattr(node, command)(*arguments))
+            except Exception as error:
+                answer(error=f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()
