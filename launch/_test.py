@@ -138,7 +138,8 @@ def report(done: list[Part], setup: float) -> int:
     passed, failed = sum(p.passed for p in done), sum(p.failed for p in done)
     print(f"{'all':<10}{setup + sum(p.seconds for p in done):>9.1f}{passed:>8}{failed:>8}")
     complaints = [f"{p.name}: {c}" for p in done for c in p.complaints]
-    print(*complaints, sep="\n")
+    for complaint in complaints:
+        print(complaint)
     bad = failed or complaints
     print(f"{passed} passed" + (f", {failed} failed, {len(complaints)} complaints: NOT OK" if bad else ""))
     return 1 if bad else 0

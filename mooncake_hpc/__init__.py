@@ -8,17 +8,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mooncake_hpc.batch import READ, REQUEST, WRITE, Batch
+    from mooncake_hpc.batch import Batch
     from mooncake_hpc.engine import TransferEngine
     from mooncake_hpc.metadata.embedded import EmbeddedEtcd
     from mooncake_hpc.remote import Segment
+    from mooncake_hpc.request import READ, REQUEST, WRITE
     from mooncake_hpc.settings import Settings
     from mooncake_hpc.workers import WorkerPool
 
 _HOMES = {
-    "READ": "batch",
-    "WRITE": "batch",
-    "REQUEST": "batch",
+    "READ": "request",
+    "WRITE": "request",
+    "REQUEST": "request",
     "Batch": "batch",
     "TransferEngine": "engine",
     "EmbeddedEtcd": "metadata.embedded",

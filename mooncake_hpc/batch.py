@@ -1,4 +1,4 @@
-"""Requests and batches: what a caller submits and what it waits on."""
+"""What a caller waits on."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from mooncake_hpc.arena import Arena, ArenaPool
 from mooncake_hpc.errors import (
     AddressRejected,
     PeerLost,
@@ -21,25 +22,16 @@ from mooncake_hpc.errors import (
     TransferTimeout,
 )
 from mooncake_hpc.kernels import lane as layout
+from mooncake_hpc.request import WRITE
 
 if TYPE_CHECKING:
     from mooncake_hpc.transports.lane import Lane
 
-READ, WRITE = 0, 1  # the original's opcodes, as on its wire
-
-REQUEST = np.dtype(
-    {
-        "names": ["opcode", "target_id", "local_addr", "remote_addr", "length"],
-        "formats": ["u1", "i4", "u8", "u8", "u8"],
-        "offsets": [0, 4, 8, 16, 24],
-        "itemsize": 32,
-    }
-)
-"""One request: `length` bytes between our `local_addr` and `remote_addr` in segment `target_id`."""
-
-Requests = npt.NDArray[Any]
-
+WORD, ERROR = layout.WORD // 8, layout.ERROR // 8
 NATIVE_CALL = 50_000_000  # ns: no native call is longer, so that signals are served
+
+
+_event_lock = threading.Lock()
 
 
 class Batch:
@@ -48,52 +40,39 @@ class Batch:
     Made by `TransferEngine.submit`. Any thread may wait, several may.
     """
 
-    def __init__(self, requests: Requests) -> None:
-        self.requests = requests
-        count = len(requests)
-        self._block = np.zeros(layout.BATCH_WORDS + count + (count + 7) // 8, np.int64)
-        self.address = int(self._block.ctypes.data)
-        pending = self.address + 8 * layout.BATCH_WORDS
-        self._status = self._block[layout.BATCH_WORDS + count :].view(np.int8)[:count]
-        self._block[layout.EVENT // 8] = -1
-        self._block[layout.STATUS // 8] = pending + 8 * count
-        self._block[layout.PENDING // 8] = pending
-        self._block[layout.BATCH_ONE // 8] = 1
-        self._lanes: list[Lane] = []
-        self._held: list[object] = []  # slices, and whatever else the lanes refer to
+    __slots__ = ("__weakref__", "_arena", "_count", "_event", "_held", "_lanes", "_pool", "_words")
+
+    def __init__(self, arena: Arena, count: int, pool: ArenaPool, lanes: list[Lane], held: object) -> None:
+        self._arena = arena
+        self._words = arena.words
+        self._count = count
+        self._pool = pool
+        self._lanes = lanes
+        self._held = held  # slices and whatever else the lanes refer to
         self._event = -1
-        self._event_lock = threading.Lock()
 
-    # --- for the engine -------------------------------------------------------------------------------------
-
-    def start(self, parts: list[tuple[Lane, int, int]], held: list[object], deadline: float) -> None:
-        """Queue (lane, address of slices, their number) parts; with the first refused (a full queue until
-        `deadline`, time.monotonic(); a closed lane) raises its TransferError and nothing is queued."""
-        self._held = held
-        self._block[layout.REMAINING // 8] = sum(count for _, _, count in parts)
+    def start(self, parts: list[tuple[Lane, int, int]], deadline: float) -> None:
+        """Queue (lane, address of slices, their number) parts, for the engine. With the first refused (a full queue
+        until `deadline`, time.monotonic(); a closed lane) raises its TransferError and nothing is queued."""
+        self._words[layout.REMAINING // 8] = sum(count for _, _, count in parts)
         if not parts:
-            self._block[layout.WORD // 8] = 1
+            self._words[layout.WORD // 8] = 1
         for number, (lane, slices, count) in enumerate(parts):
             try:
-                lane.push(self, slices, count, deadline)
+                lane.push(self, self._arena.address, slices, count, deadline)
             except TransferError:
                 if number == 0:
                     raise
-                layout.abandon(slices, count, self.address, layout.LOST)
+                layout.abandon(slices, count, self._arena.address, layout.LOST)
                 continue
             self._lanes.append(lane)
             if number > 0:
                 lane.hurry()
 
-    @property
-    def others(self) -> int:
-        """Requests to other segments that the last `ranges.cut` left out."""
-        return int(self._block[layout.OTHERS // 8])
-
     # --- for the caller -------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return len(self.requests)
+        return self._count
 
     @property
     def done(self) -> bool:
@@ -105,7 +84,7 @@ class Batch:
     @property
     def status(self) -> npt.NDArray[np.int8]:
         """A copy of the status of each request: 0 under way, 1 done, below 0 failed (as `TransferError` tells)."""
-        return self._status.copy()
+        return self._arena.status[: self._count].copy()
 
     def wait(self, timeout: float | None = None) -> None:
         """Return once all requests are done.
@@ -117,7 +96,8 @@ class Batch:
             raise TransferTimeout(
                 f"{self._describe()} is not done after {timeout} s; it goes on: wait again, or cancel() it"
             )
-        self._raise_error()
+        if self._words[ERROR]:
+            self._raise_error()
 
     def join(self, timeout: float | None = None) -> bool:
         """As `wait`, but says whether the batch is done, and raises nothing."""
@@ -136,7 +116,7 @@ class Batch:
         Requests not yet sent fail with TransferCancelled; those on the wire get a moment to end, after which
         their connection is cut. Raises TransferTimeout if even that does not end them.
         """
-        self._block[layout.CANCEL // 8] = 1
+        self._words[layout.CANCEL // 8] = 1
         if self.join(0.2):
             return
         for lane in self._lanes:
@@ -146,10 +126,10 @@ class Batch:
 
     def fileno(self) -> int:
         """A descriptor that becomes readable when the batch is done, for select and event loops. Ours to close."""
-        with self._event_lock:
+        with _event_lock:
             if self._event < 0:
                 self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-                self._block[layout.EVENT // 8] = self._event
+                self._words[layout.EVENT // 8] = self._event
         if self._finished():
             os.eventfd_write(self._event, 1)
         else:
@@ -174,20 +154,21 @@ class Batch:
             loop.remove_reader(fd)
 
     def __del__(self) -> None:
-        if getattr(self, "_event", -1) >= 0:
+        if self._event >= 0:
             with contextlib.suppress(OSError):
                 os.close(self._event)
+        self._pool.give(self._arena)
 
     # --- inside ---------------------------------------------------------------------------------------------
 
     def _finished(self) -> bool:
-        return bool(self._block[1] & 1)
+        return self._words[WORD] & 1 == 1
 
     def _drive(self, until: int) -> None:
         for lane in self._lanes:
-            if lane.drive(self.address, until) != layout.EMPTY:
+            if lane.drive(self._arena.address, until) != layout.EMPTY:
                 return
-        layout.await_batch(self.address, until)
+        layout.await_batch(self._arena.address, until)
 
     def _describe(self) -> str:
         where = ", ".join(sorted({lane.peer for lane in self._lanes})) or "nobody"
@@ -201,11 +182,11 @@ class Batch:
     @property
     def error(self) -> TransferError | None:
         """What the first failed request of a done batch failed of, or None."""
-        code = int(self._block[layout.ERROR // 8])
+        code = self._words[ERROR]
         if code == 0:
             return None
-        index = int(self._block[layout.ERROR_REQUEST // 8])
-        request = self.requests[index]
+        index = self._words[layout.ERROR_REQUEST // 8]
+        request = self._arena.requests[index]
         verb = "WRITE to" if request["opcode"] == WRITE else "READ of"
         what = f"{verb} {int(request['remote_addr']):#x}+{int(request['length'])} (request {index}, {self._describe()})"
         cause = "; ".join(dict.fromkeys(lane.last_error for lane in self._lanes if lane.last_error))

@@ -14,23 +14,27 @@ import numpy as np
 import numpy.typing as npt
 
 from mooncake_hpc.address import bind_listener, published_address
-from mooncake_hpc.batch import READ, REQUEST, WRITE, Batch, Requests
+from mooncake_hpc.arena import Arena, ArenaPool
+from mooncake_hpc.batch import Batch
 from mooncake_hpc.control import client
 from mooncake_hpc.control.directory import Directory
 from mooncake_hpc.control.server import ControlServer, Handlers, Notifications, open_rpc_listener
-from mooncake_hpc.errors import MooncakeError, PeerLost, RegistrationError, TransferTimeout
+from mooncake_hpc.errors import ConfigError, MooncakeError, PeerLost, RegistrationError, TransferTimeout
+from mooncake_hpc.kernels import slicer
 from mooncake_hpc.memory import MemoryFile, describe
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.remote import Segment
+from mooncake_hpc.request import READ, REQUEST, WRITE, Requests
 from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
 from mooncake_hpc.settings import Settings
-from mooncake_hpc.slicing import Slicer
+from mooncake_hpc.slicing import Roads, Slicing
 from mooncake_hpc.transports.base import Registration, Tables
 from mooncake_hpc.transports.registry import make_transports
 
 log = logging.getLogger(__name__)
 
 P2PHANDSHAKE = "P2PHANDSHAKE"
+TARGET_MASK = (1 << slicer.TARGET_BITS) - 1
 
 
 class TransferEngine:
@@ -59,11 +63,12 @@ class TransferEngine:
         self._closers: list[Callable[[], None]] = []
         self._lock = threading.RLock()
         self._registrations: tuple[Registration, ...] = ()
-        self._local = Tables([], [])
         self._segments: dict[int, Segment] = {}
         self._by_name: dict[str, Segment] = {}
         self._notifications = Notifications()
-        self._slicer = Slicer()
+        self._arenas = ArenaPool()
+        self._roads = Roads()
+        self._adopt(())
         self._closed = False
         try:
             self._start(name, metadata, protocol, bind_address, bind_all)
@@ -172,9 +177,9 @@ class TransferEngine:
                 raise
 
     def _adopt(self, registrations: tuple[Registration, ...]) -> None:
-        spans = [(r.address, r.address + r.length, r.readonly) for r in registrations]
-        self._local = Tables([(s, e) for s, e, _ in spans], [(s, e) for s, e, readonly in spans if not readonly])
-        self._registrations = registrations
+        local = Tables.of((r.address, r.address + r.length, r.readonly) for r in registrations)
+        self._roads.set_local(local.pair)
+        self._local, self._registrations = local, registrations
 
     def _publish(self, registrations: tuple[Registration, ...]) -> None:
         buffers = tuple(
@@ -200,6 +205,7 @@ class TransferEngine:
             segment.connect(self._transports)
             self._segments[segment.id] = segment
             self._by_name[name] = segment
+            self._roads.set_segments(list(self._segments.values()))
             return segment
 
     def submit(self, requests: Requests, timeout: float | None = None) -> Batch:
@@ -209,12 +215,28 @@ class TransferEngine:
         peer's queue is full, at most `timeout` seconds (None: MC_TRANSFER_TIMEOUT), then raises TransferTimeout.
         Raises AddressRejected for a range that is not registered here or there, with nothing started, and PeerLost.
         """
+        count = len(requests)
+        if requests.dtype is not REQUEST and requests.dtype != REQUEST:
+            raise ConfigError("submit() takes an array of dtype mooncake_hpc.REQUEST")
+        arena = self._arenas.take(count)
+        arena.requests[:count] = requests
+        # the registrations are held by the batch, so that the memory outlives it
+        number = slicer.submit(arena.address, count, self._roads.address)
+        if number > 0:
+            lane = self._roads.lanes[number & TARGET_MASK]
+            batch = Batch(arena, count, self._arenas, [lane], self._registrations)
+            lane.keep(number >> slicer.TARGET_BITS, batch)
+            return batch
+        return self._submit_slowly(arena, count, timeout)
+
+    def _submit_slowly(self, arena: Arena, count: int, timeout: float | None) -> Batch:
         if self._closed:
             raise PeerLost(f"engine {self.name!r} is closed")
         limit = self._settings.transfer_timeout if timeout is None else timeout
-        registrations = self._registrations  # held by the batch: the memory outlives it
-        batch, parts, held = self._slicer.prepare(requests, self._segments, self._local)
-        batch.start(parts, [held, registrations], time.monotonic() + limit)
+        slicing = Slicing(arena, count, self._roads.address)
+        slicing.run(self._segments)
+        batch = Batch(arena, count, self._arenas, [], (self._registrations, slicing.held))
+        batch.start(slicing.parts, time.monotonic() + limit)
         return batch
 
     def read(self, local: object, segment: Segment, remote_addr: int, timeout: float | None = None) -> None:

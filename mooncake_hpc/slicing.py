@@ -1,146 +1,132 @@
-"""From a request array to the parts of a batch: which route takes what, cut where."""
+"""From a batch's requests to its parts where `kernels.slicer.submit` does not do: which route takes what, and errors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from mooncake_hpc.batch import REQUEST, WRITE, Batch, Requests
-from mooncake_hpc.errors import AddressRejected, ConfigError, PeerLost
+from mooncake_hpc.arena import SPARE, Arena
+from mooncake_hpc.errors import AddressRejected, ConfigError
 from mooncake_hpc.kernels import lane as layout
-from mooncake_hpc.kernels import ranges
+from mooncake_hpc.kernels import slicer
 from mooncake_hpc.remote import Segment
-from mooncake_hpc.transports.base import Route, Tables
+from mooncake_hpc.request import WRITE
+from mooncake_hpc.transports.base import Route
 from mooncake_hpc.transports.lane import Lane
 
 Part = tuple[Lane, int, int]  # lane, address of slices, their number
-Slices = npt.NDArray[np.int64]
-
-SPARE = 16  # slices beyond one a request, for those that cross a border
 
 
-class Slicer:
-    """Policy of `TransferEngine.submit`: the first route that reaches all of a segment's requests takes them."""
+class Slicing:
+    """The parts of one batch. The first route that reaches all requests to a segment takes them."""
 
-    def prepare(
-        self, requests: Requests, segments: Mapping[int, Segment], local: Tables
-    ) -> tuple[Batch, list[Part], list[object]]:
-        """The batch, its parts, and what must live as long. Raises AddressRejected, ConfigError, PeerLost."""
-        if not isinstance(requests, np.ndarray) or requests.dtype != REQUEST or requests.ndim != 1:
-            raise ConfigError("submit() takes a one-dimensional array of dtype mooncake_hpc.batch.REQUEST")
-        batch = Batch(requests.copy())
-        parts: list[Part] = []
-        held: list[object] = [local]
-        if len(requests) == 0:
-            return batch, parts, held
-        first = int(requests[0]["target_id"])
-        others = self._add(batch, first, segments, local, parts, held)
-        if others:
-            for target in np.unique(requests["target_id"]):
-                if target != first:
-                    self._add(batch, int(target), segments, local, parts, held)
-        return batch, parts, held
+    def __init__(self, arena: Arena, count: int, local: int) -> None:
+        """`local` is the address of our pair of tables."""
+        self._arena, self._count, self._local = arena, count, local
+        self.parts: list[Part] = []
+        self.held: list[npt.NDArray[np.int64]] = []  # the parts' slices
 
-    def _add(
-        self,
-        batch: Batch,
-        target: int,
-        segments: Mapping[int, Segment],
-        local: Tables,
-        parts: list[Part],
-        held: list[object],
-    ) -> int:
-        """Add the parts of one target; how many requests go elsewhere."""
-        segment = segments.get(target)
-        if segment is None:
-            raise ConfigError(f"no segment has the id {target}: use the id of a Segment that open_segment() returned")
-        for attempt in (0, 1):
-            for route in segment.routes:
-                code, slices = _cut(batch.requests, batch, target, route, local)
-                if code >= 0:
-                    held += [slices, route.tables]
-                    _share(route, slices, code, parts)
-                    return batch.others
-                if (-code) % ranges.REASONS != ranges.REMOTE_UNREGISTERED:
-                    _refuse(batch, code, segment)
-            if len(segment.routes) > 1 and self._mixed(batch, target, segment, local, parts, held):
-                return int((batch.requests["target_id"] != target).sum())
-            if attempt == 0:
+    def run(self, segments: Mapping[int, Segment]) -> None:
+        """Make the parts. Raises AddressRejected, ConfigError, PeerLost, MetadataError."""
+        slicer.reset(self._arena.address, self._count)
+        targets = self._arena.requests["target_id"][: self._count]
+        for target in np.unique(targets).tolist():
+            segment = segments.get(target)
+            if segment is None:
+                raise ConfigError(f"no segment has the id {target}: use that of a Segment that open_segment() returned")
+            if not self._add(target, segment):
                 segment.refresh()
-        return _refuse(batch, code, segment)
+                if not self._add(target, segment):
+                    self._refuse(self._missing, segment)
 
-    def _mixed(
-        self, batch: Batch, target: int, segment: Segment, local: Tables, parts: list[Part], held: list[object]
-    ) -> bool:
-        """Share the segment's requests among its routes; False where some are out of reach of all."""
-        requests = batch.requests.copy()
-        pairs = np.array([route.tables.address for route in segment.routes], np.int64)
-        address = int(requests.ctypes.data)
-        if ranges.assign(address, len(requests), target, int(pairs.ctypes.data), len(pairs)):
-            return False
-        for number, route in enumerate(segment.routes):
-            code, slices = _cut(requests, batch, -2 - number, route, local)
-            if code < 0:
-                _refuse(batch, code, segment)
-            held += [slices, route.tables]
-            _share(route, slices, code, parts)
+    def _add(self, target: int, segment: Segment) -> bool:
+        """Add the parts of one target; False when an address is in none of its routes' tables."""
+        for route in segment.routes:
+            code, slices = self._cut(target, route)
+            if code >= 0:
+                self._share(route, slices, code)
+                return True
+            if -code % slicer.REASONS != slicer.REMOTE_UNREGISTERED:
+                self._refuse(code, segment)
+            self._missing = code
+        return len(segment.routes) > 1 and self._split(target, segment)
+
+    def _split(self, target: int, segment: Segment) -> bool:
+        """Share a segment's requests among its routes; False where one is out of reach of all."""
+        records = self._arena.requests[: self._count]
+        before = records["target_id"].copy()
+        blocks = np.array([route.address for route in segment.routes], np.int64)
+        try:
+            if slicer.assign(self._arena.address, self._count, target, int(blocks.ctypes.data), len(blocks)):
+                return False
+            for number, route in enumerate(segment.routes):
+                code, slices = self._cut(-2 - number, route)
+                if code < 0:
+                    self._refuse(code, segment)
+                self._share(route, slices, code)
+        finally:
+            records["target_id"] = before
         return True
 
+    def _cut(self, target: int, route: Route) -> tuple[int, npt.NDArray[np.int64]]:
+        room = self._count + SPARE
+        while True:
+            slices = np.empty(4 * room, np.int64)
+            address = int(slices.ctypes.data)
+            arguments = self._arena.address, self._count, target, self._local, route.address, address, room
+            code = int(slicer.cut(*arguments))
+            if code >= 0 or -code % slicer.REASONS != slicer.NO_ROOM:
+                return code, slices
+            room *= 4
 
-def _cut(requests: Requests, batch: Batch, target: int, route: Route, local: Tables) -> tuple[int, Slices]:
-    room = len(requests) + SPARE
-    while True:
-        slices = np.empty(4 * room, np.int64)
-        code = ranges.cut(
-            requests.ctypes.data,
-            len(requests),
-            target,
-            local.address,
-            route.tables.address,
-            route.slice_limit,
-            slices.ctypes.data,
-            room,
-            batch.address,
-            route.fence_byte,
+    def _share(self, route: Route, slices: npt.NDArray[np.int64], count: int) -> None:
+        """Give each lane of the route a run of the slices."""
+        self.held.append(slices)
+        address, used = int(slices.ctypes.data), min(len(route.lanes), count)
+        for number, lane in enumerate(route.lanes[:used]):
+            begin, end = number * count // used, (number + 1) * count // used
+            self.parts.append((lane, address + begin * layout.SLICE, end - begin))
+
+    def _refuse(self, code: int, segment: Segment) -> NoReturn:
+        index, reason = divmod(-code, slicer.REASONS)
+        request = self._arena.requests[index]
+        opcode, length = int(request["opcode"]), int(request["length"])
+        ours, theirs = int(request["local_addr"]), int(request["remote_addr"])
+        where = f"request {index} to segment {segment.name!r}"
+        if reason == slicer.BAD_OPCODE:
+            raise ConfigError(f"{where}: opcode {opcode} is neither READ (0) nor WRITE (1)")
+        if reason == slicer.BAD_LENGTH:
+            raise ConfigError(f"{where}: length {length} is above 2**63")
+        if reason == slicer.LOCAL_UNREGISTERED:
+            need = "registered here" if opcode == WRITE else "registered here and writable"
+            raise AddressRejected(f"{where}: our memory {ours:#x}+{length} is not {need}: allocate() or register() it")
+        writable = " writable" if opcode == WRITE else ""
+        raise AddressRejected(
+            f"{where}: {theirs:#x}+{length} is in no{writable} buffer of the {len(segment.buffers)} that it publishes"
+            f" for {segment.transport}"
         )
-        if code >= 0 or -code % ranges.REASONS != ranges.NO_ROOM:
-            return code, slices
-        room *= 4
 
 
-def _share(route: Route, slices: Slices, count: int, parts: list[Part]) -> None:
-    """Give each lane of the route a run of the slices."""
-    lanes = route.lanes
-    address = int(slices.ctypes.data)
-    if len(lanes) == 1:
-        if count:
-            parts.append((lanes[0], address, count))
-        return
-    used = min(len(lanes), count)
-    for number in range(used):
-        begin, end = number * count // used, (number + 1) * count // used
-        parts.append((lanes[number], address + begin * layout.SLICE, end - begin))
+class Roads:
+    """The engine's block for `kernels.slicer.submit`: our tables, and by target id the first route."""
 
+    def __init__(self) -> None:
+        self._block = np.zeros(slicer.ENGINE_WORDS, np.int64)
+        self.address = int(self._block.ctypes.data)
+        self._routes = np.zeros(0, np.int64)
+        self.lanes: list[Lane] = []  # by target id the first lane of the first route
 
-def _refuse(batch: Batch, code: int, segment: Segment) -> int:
-    index, reason = divmod(-code, ranges.REASONS)
-    request = batch.requests[index]
-    opcode, length = int(request["opcode"]), int(request["length"])
-    ours, theirs = int(request["local_addr"]), int(request["remote_addr"])
-    where = f"request {index} to segment {segment.name!r}"
-    if reason == ranges.BAD_OPCODE:
-        raise ConfigError(f"{where}: opcode {opcode} is neither READ (0) nor WRITE (1)")
-    if reason == ranges.BAD_LENGTH:
-        raise ConfigError(f"{where}: length {length} is above 2**63")
-    if reason == ranges.LOCAL_UNREGISTERED:
-        need = "registered here" if opcode == WRITE else "registered here and writable"
-        raise AddressRejected(f"{where}: our memory {ours:#x}+{length} is not {need}: allocate() or register() it")
-    writable = " writable" if opcode == WRITE else ""
-    if not segment.routes:
-        raise PeerLost(f"{where}: no route")
-    raise AddressRejected(
-        f"{where}: no{writable} buffers of the {len(segment.buffers)} published hold {theirs:#x}+{length}"
-        f" (transport {segment.transport})"
-    )
+    def set_local(self, pair: npt.NDArray[np.int64]) -> None:
+        """Our range tables; the caller keeps them alive."""
+        self._block[:2] = pair
+
+    def set_segments(self, segments: Sequence[Segment]) -> None:
+        """All opened segments, by id."""
+        self.lanes = [segment.routes[0].lanes[0] for segment in segments]
+        routes = np.array([segment.routes[0].address for segment in segments], np.int64)
+        self._block[slicer.SEGMENTS // 8] = routes.ctypes.data
+        self._block[slicer.SEGMENT_COUNT // 8] = len(routes)
+        self._routes = routes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mooncake_hpc.batch import READ, REQUEST, WRITE
+from mooncake_hpc import READ, REQUEST, WRITE
 from mooncake_hpc.bench.plan import PATTERNS, BenchConfig, Remote, build_requests, check_room, cover_requests, roles
 from mooncake_hpc.errors import ConfigError
 

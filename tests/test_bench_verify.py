@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mooncake_hpc.batch import WRITE
+from mooncake_hpc import WRITE
 from mooncake_hpc.bench.plan import BenchConfig, Remote, build_requests
 from mooncake_hpc.bench.runner import Runner, transfer
 from mooncake_hpc.bench.verify import Verifier, spans_of

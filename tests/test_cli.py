@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import Start, clean_env
 
+from mooncake_hpc.__main__ import main
 from mooncake_hpc.metadata.store import open_store
 from mooncake_hpc.settings import Settings
 
@@ -62,10 +63,9 @@ def test_help_and_version() -> None:
         (["--metadata_server=a:1", "--segment_id=b:1", "--report_precision=99"], "--report_precision=99"),
     ],
 )
-def test_flags_that_cannot_be(flags: list[str], message: str) -> None:
-    result = run(*flags)
-    assert result.returncode == 2, result
-    assert message in result.stderr and "Traceback" not in result.stderr
+def test_flags_that_cannot_be(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *flags]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_target_and_the_printed_command(etcd: str, start: Start, tmp_path: Path) -> None:
@@ -86,6 +86,7 @@ def test_target_and_the_printed_command(etcd: str, start: Start, tmp_path: Path)
     assert serving.poll() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", ["read", "write"])
 def test_cpu_of_both_sides_and_units(etcd: str, start: Start, tmp_path: Path, operation: str) -> None:
     file = tmp_path / "result.json"
@@ -122,12 +123,14 @@ def test_a_killed_target_restarts_under_its_name_at_once(etcd: str, start: Start
     assert shown.returncode == 0, shown
 
 
+@pytest.mark.slow
 def test_a_living_targets_name_is_refused(etcd: str, start: Start) -> None:
     target(start, etcd, "127.0.0.1:21004", *SMALL)
     second = run("--mode=target", f"--metadata_server={etcd}", "--local_server_name=127.0.0.1:21004", "--protocol=tcp")
     assert second.returncode == 1 and "NameInUse" in second.stderr and "127.0.0.1:21004" in second.stderr
 
 
+@pytest.mark.slow
 def test_a_target_that_is_too_small_is_noticed_before_the_run(etcd: str, start: Start) -> None:
     _, command = target(start, etcd, "127.0.0.1:21005", *SMALL)
     shown = run("--block_size=1048576", command=command)
@@ -139,6 +142,7 @@ def test_nobody_has_the_name(etcd: str) -> None:
     assert result.returncode == 1 and "SegmentNotFound" in result.stderr and "nobody:1" in result.stderr
 
 
+@pytest.mark.slow
 def test_no_etcd() -> None:
     begin = time.monotonic()
     result = run(
@@ -161,12 +165,14 @@ def test_a_target_killed_in_mid_run_fails_the_initiator(etcd: str, start: Start)
     assert initiator.returncode == 1 and "FAILED: PeerLost" in output, output
 
 
+@pytest.mark.slow
 def test_without_any_metadata_server(start: Start) -> None:
     _, command = target(start, "P2PHANDSHAKE", "127.0.0.1:21007", *SMALL)
     shown = run("--duration=0.3", command=command)
     assert shown.returncode == 0 and FINAL.match(shown.stdout.splitlines()[-1]), shown
 
 
+@pytest.mark.slow
 def test_a_target_with_an_embedded_etcd(start: Start) -> None:
     process, command = target(start, "embedded", "127.0.0.1:21008", *SMALL)
     shown = run("--duration=0.3", command=command)
@@ -175,6 +181,7 @@ def test_a_target_with_an_embedded_etcd(start: Start) -> None:
     assert process.wait(timeout=10) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("protocol", "carrier"), [("shm", "shm"), ("auto", "shm"), ("", "tcp")])
 def test_protocols(etcd: str, start: Start, protocol: str, carrier: str) -> None:
     flags = [f"--protocol={protocol}"] if protocol else []
@@ -190,6 +197,7 @@ def test_protocols(etcd: str, start: Start, protocol: str, carrier: str) -> None
     assert ("using tcp" in shown.stderr) == (not protocol)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_an_initiator(etcd: str, start: Start) -> None:
     _, command = target(start, etcd, "127.0.0.1:21011", *SMALL)
     initiator = start(*command, "--duration=60")
@@ -203,6 +211,7 @@ def test_ctrl_c_ends_an_initiator(etcd: str, start: Start) -> None:
     assert keys(etcd, "127.0.0.1:21012") == []
 
 
+@pytest.mark.slow
 def test_log_flags(etcd: str, tmp_path: Path) -> None:
     result = run(
         f"--metadata_server={etcd}", "--segment_id=nobody:1", "--protocol=tcp", *QUICK, "-v=1", f"--log_dir={tmp_path}"

@@ -49,6 +49,7 @@ def test_launch_bench_runs_a_whole_job(tmp_path: Path) -> None:
     assert report["transports"] == ["tcp"] and report["wrong_bytes"] == 0 < report["compared_bytes"]
 
 
+@pytest.mark.slow
 def test_launch_bench_with_four_ranks_sums_up() -> None:
     result = run("launch/bench", *QUICK, "--pattern=all_to_all", NP="4")
     assert result.returncode == 0, result
@@ -67,6 +68,7 @@ def test_a_bad_flag_is_told_once() -> None:
     assert result.stderr.count("unknown flag --blok_size") == 1, result.stderr
 
 
+@pytest.mark.slow
 def test_an_odd_number_of_ranks_is_refused_with_a_reason() -> None:
     result = run("launch/bench", *QUICK, NP="3")
     assert result.returncode != 0 and "--pattern=pairs needs an even number of ranks" in result.stderr
@@ -94,6 +96,7 @@ def test_another_libraries_launcher_is_noticed() -> None:
     assert result.returncode == 2 and "the launcher and the library do not match" in result.stderr, result
 
 
+@pytest.mark.slow
 def test_ranks_with_a_named_mode_are_processes_on_their_own(mpirun: str, etcd: str) -> None:
     bench = [sys.executable, "-m", "mooncake_hpc", "bench", f"--metadata_server={etcd}", "--protocol=tcp", *QUICK]
     result = run(mpirun, "-n", "2", *bench, "--mode=initiator", "--segment_id=nobody:1")
@@ -112,6 +115,7 @@ def start_long_job(start: Start) -> tuple[subprocess.Popen[str], str]:
     return process, mark
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_to_launch_bench_ends_everything(start: Start, number: signal.Signals) -> None:
     before = set(processes("--listen-client-urls"))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mooncake_hpc.batch import READ, REQUEST, WRITE
+from mooncake_hpc import READ, REQUEST, WRITE
 from mooncake_hpc.errors import ConfigError
 
 PATTERNS = ("pairs", "fan_in", "fan_out", "all_to_all")

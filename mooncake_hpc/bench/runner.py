@@ -22,7 +22,7 @@ WALL_FACTOR, WALL_EXTRA = 4, 10.0  # a verified run ends at the latest after dur
 
 
 class Batch(Protocol):
-    """What the runner needs of `mooncake_hpc.batch.Batch`."""
+    """What the runner needs of `mooncake_hpc.Batch`."""
 
     @property
     def status(self) -> npt.NDArray[np.int8]: ...

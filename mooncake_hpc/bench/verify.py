@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mooncake_hpc.batch import READ, WRITE
+from mooncake_hpc import READ, WRITE
 from mooncake_hpc.bench.plan import BenchConfig, cover_requests
 
 if TYPE_CHECKING:

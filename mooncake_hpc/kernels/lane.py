@@ -11,6 +11,7 @@ All state is int64 words in blocks owned by Python; a constant below is a word's
 from __future__ import annotations
 
 from mooncake_hpc.kernels.native import (
+    brief,
     compare_exchange,
     fence,
     fetch_add,
@@ -69,6 +70,8 @@ STATUS = 56  # address of an int8 a request: 0 waiting, 1 done, a failure code b
 PENDING = 64  # address of an int64 a request: its slices not yet completed
 BATCH_ONE = 72  # holds 1, written to eventfds
 OTHERS = 80  # requests that `cut` left out since they go to another segment
+REQUESTS = 88  # address of the request records
+SLICES, ROOM = 96, 104  # address of the slices, and how many there is room for
 BATCH_WORDS = 16
 
 # --- failure codes of a slice, negative as bytes
@@ -158,9 +161,9 @@ def ring_leader(lane):
         write(get(lane + DOORBELL), lane + LANE_ONE, 8)
 
 
-@kernel
+@brief
 def enqueue(lane, slices, count, batch):
-    """Queue an entry (one producer at a time). Its number from 1 on; 0: the ring is full; -1: the lane is closed."""
+    """Queue an entry (producers hold the GIL). Its number from 1 on; 0: the ring is full; -1: the lane is closed."""
     if load(lane + STATE) == CLOSED:
         return -1
     tail = get(lane + TAIL)
@@ -179,6 +182,16 @@ def enqueue(lane, slices, count, batch):
     if load(lane + RESTING) != 0:
         ring_thread(lane)
     return tail + 1
+
+
+@kernel
+def await_room(lane, until):
+    """Sleep until the ring has room, the lane is closed, or `until`."""
+    while load(lane + TAIL) - load(lane + HEAD) >= get(lane + DEPTH) and load(lane + STATE) != CLOSED:
+        left = until - now()
+        if left <= 0:
+            return
+        futex_wait(lane + HEAD, load(lane + HEAD), min(left, 1_000_000))  # nobody wakes us: a poll a millisecond
 
 
 @kernel

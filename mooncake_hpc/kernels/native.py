@@ -23,12 +23,21 @@ FUTEX_WAIT, FUTEX_WAKE = 0, 1  # without FUTEX_PRIVATE_FLAG: words may be shared
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """`njit(nogil=True, cache=True)`; where no folder for the cache can be written, without the cache."""
+    """Compiled, cached, without the GIL."""
+    return _compile(function, nogil=True)
+
+
+def brief(function: Callable[..., Any]) -> Any:
+    """As `kernel`, but with the GIL held: for short ones that no other Python thread may interleave with."""
+    return _compile(function, nogil=False)
+
+
+def _compile(function: Callable[..., Any], nogil: bool) -> Any:
     try:
-        return njit(nogil=True, cache=True)(function)
+        return njit(nogil=nogil, cache=True)(function)
     except RuntimeError as error:  # "cannot cache function ...: no locator available"
-        warnings.warn(f"numba kernels are compiled anew in this process: {error}", stacklevel=2)
-        return njit(nogil=True)(function)
+        warnings.warn(f"numba kernels are compiled anew in this process: {error}", stacklevel=3)
+        return njit(nogil=nogil)(function)
 
 
 def _pointer(builder: Any, address: Any, bits: Any) -> Any:

@@ -22,17 +22,17 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from mooncake_hpc.batch import READ, REQUEST, WRITE
-from mooncake_hpc.engine import TransferEngine
+from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
 from mooncake_hpc.errors import MooncakeError
 
 Bytes = npt.NDArray[np.uint8]
 
 
 def pattern(seed: int, nbytes: int) -> Bytes:
-    """`nbytes` random bytes, the same ones for a seed in every process."""
-    words = np.random.Generator(np.random.SFC64(seed)).integers(0, 1 << 64, (nbytes + 7) // 8, np.uint64)
-    return words.view(np.uint8)[:nbytes]
+    """`nbytes` random bytes, the same ones for a seed in every process; no two blocks of 64 KiB are equal."""
+    block = np.random.Generator(np.random.SFC64(seed)).integers(0, 1 << 64, 8192, np.uint64)
+    numbers = np.arange(-(-nbytes // block.nbytes), dtype=np.uint64)
+    return (block ^ numbers[:, None]).view(np.uint8).reshape(-1)[:nbytes]
 
 
 def digest(data: Bytes) -> str:

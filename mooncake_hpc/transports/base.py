@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
-from mooncake_hpc.kernels import ranges
+from mooncake_hpc.kernels import ranges, slicer
 from mooncake_hpc.memory import MemoryFile
-from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
+from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.transports.lane import Lane
 
 WHOLE = 1 << 62  # slice limit of a route with one lane: no reason to cut
@@ -38,9 +38,11 @@ class Tables:
         self.pair = np.array([table.ctypes.data for table in self._tables], np.int64)
         self.address = int(self.pair.ctypes.data)
 
-    def holds(self, write: bool, address: int, length: int) -> bool:
-        """Whether the ranges hold [address, address + length), length above 0."""
-        return bool(ranges.covered(int(self.pair[write]), address, length))
+    @classmethod
+    def of(cls, spans: Iterable[tuple[int, int, bool]]) -> Self:
+        """The tables of (start, end, whether read-only) ranges."""
+        spans = list(spans)
+        return cls([(s, e) for s, e, _ in spans], [(s, e) for s, e, readonly in spans if not readonly])
 
 
 class Peer(Protocol):
@@ -66,21 +68,24 @@ class Route(ABC):
     """The way of one transport to one peer: its lanes, and which remote ranges they reach."""
 
     transport: str
-    lanes: list[Lane]
-    slice_limit: int = WHOLE
-    fence_byte: int = 0  # scratch address for version 1's fences, see `ranges.cut`
 
-    def __init__(self, descriptor: SegmentDescriptor) -> None:
-        self.update(descriptor)
+    def __init__(self, lanes: list[Lane], tables: Tables, slice_limit: int = WHOLE, fence_byte: int = 0) -> None:
+        """`fence_byte` is the address of a scratch byte for protocol version 1, see `kernels.slicer`."""
+        self.lanes = lanes
+        self._block = np.zeros(slicer.ROUTE_WORDS, np.int64)
+        self.address = int(self._block.ctypes.data)
+        self._block[slicer.ROUTE_LIMIT // 8] = slice_limit
+        self._block[slicer.ROUTE_FENCE // 8] = fence_byte
+        self._block[slicer.ROUTE_LANE // 8] = lanes[0].address if len(lanes) == 1 else 0
+        self._set_tables(tables)
 
+    def _set_tables(self, tables: Tables) -> None:
+        self._block[:2] = tables.pair  # no kernel reads them meanwhile: those hold the GIL
+        self._tables = tables
+
+    @abstractmethod
     def update(self, descriptor: SegmentDescriptor) -> None:
         """Take over a newer descriptor of the same generation."""
-        spans = [(b.address, b.address + b.length, b.readonly) for b in self.reachable(descriptor)]
-        self.tables = Tables([(s, e) for s, e, _ in spans], [(s, e) for s, e, readonly in spans if not readonly])
-
-    def reachable(self, descriptor: SegmentDescriptor) -> Sequence[BufferDescriptor]:
-        """The buffers that this route can move bytes to and from."""
-        return descriptor.buffers
 
     def close(self) -> None:
         """Close all lanes. Idempotent."""

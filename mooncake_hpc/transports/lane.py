@@ -44,6 +44,7 @@ class Lane(ABC):
         self.last_error = ""
         self.words = np.zeros(layout.LANE_WORDS, np.int64)
         self.address = int(self.words.ctypes.data)
+        self._head = memoryview(self.words)[layout.HEAD // 8 :]
         self._ring = np.zeros(DEPTH * layout.ENTRY // 8, np.int64)
         self._doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._set(layout.RING, int(self._ring.ctypes.data))
@@ -66,22 +67,35 @@ class Lane(ABC):
         """Payload bytes completed since the start."""
         return int(self.words[layout.BYTES // 8])
 
-    def push(self, batch: Batch, slices: int, count: int, deadline: float) -> None:
-        """Queue an entry; waits for room. Raises TransferTimeout at `deadline` (time.monotonic()), PeerLost if closed."""
+    def keep(self, number: int, batch: Batch) -> None:
+        """Hold a queued batch until its entry has left the queue; drop those that have."""
+        queued, head = self._queued, self._head[0]
+        while queued and queued[0][0] <= head:
+            try:
+                first = queued.popleft()
+            except IndexError:  # another thread was here
+                break
+            if first[0] > head:
+                queued.appendleft(first)
+                break
+        queued.append((number, batch))
+
+    def push(self, batch: Batch, address: int, slices: int, count: int, deadline: float) -> None:
+        """Queue an entry of the batch at `address`; waits for room until `deadline` (time.monotonic()).
+
+        Raises TransferTimeout, PeerLost when closed.
+        """
         while True:
-            with self._lock:
-                self._release()
-                number = layout.enqueue(self.address, slices, count, batch.address)
-                if number > 0:
-                    self._queued.append((number, batch))
-                    return
+            number = layout.enqueue(self.address, slices, count, address)
+            if number > 0:
+                self.keep(number, batch)
+                return
             if number < 0:
                 raise PeerLost(f"{self.peer}: the connection is closed")
             if time.monotonic() > deadline:
                 raise TransferTimeout(f"{self.peer}: {DEPTH} batches are queued and none ended before the deadline")
-            with self._lock:
-                oldest = self._queued[0][1]
-            self.drive(oldest.address, time.monotonic_ns() + 50_000_000)
+            self.hurry()
+            layout.await_room(self.address, time.monotonic_ns() + 50_000_000)
 
     def drive(self, batch: int, until: int) -> int:
         """Move bytes or wait, at most until `until` (time.monotonic_ns()), for the batch at this address."""
@@ -143,12 +157,6 @@ class Lane(ABC):
             self.repair()
         finally:
             self._set(layout.OWNER, 0)
-
-    def _release(self) -> None:
-        """Drop the batches that have left the queue."""
-        head = self._get(layout.HEAD)
-        while self._queued and self._queued[0][0] <= head:
-            self._queued.popleft()
 
     def _get(self, word: int) -> int:
         return int(self.words[word // 8])

@@ -30,8 +30,7 @@ class Maps:
     def __init__(self, reply: dict[str, Any], files: dict[int, MemoryFile]) -> None:
         self.version = int(reply["version"])
         self.files = files
-        spans = [(int(a), int(a) + int(n), bool(readonly)) for a, n, readonly in reply["buffers"]]
-        self.tables = Tables([(s, e) for s, e, _ in spans], [(s, e) for s, e, readonly in spans if not readonly])
+        self.tables = Tables.of((int(a), int(a) + int(n), bool(readonly)) for a, n, readonly in reply["buffers"])
         rows = [(int(a), int(a) + int(n), files[int(serial)].address) for serial, a, n in reply["files"]]
         self.index: npt.NDArray[np.int64] = np.array([len(rows), *[word for row in rows for word in row]], np.int64)
 
@@ -121,9 +120,8 @@ class ShmRoute(Route):
 
     def __init__(self, peer: Peer, connection: socket.socket) -> None:
         self._lane = ShmLane(f"shm/{peer.name}/0", peer.name, connection)
-        self.lanes = [self._lane]
         self._seen = peer.descriptor
-        super().__init__(peer.descriptor)
+        super().__init__([self._lane], self._lane.maps.tables)
 
     def update(self, descriptor: SegmentDescriptor) -> None:
         """The registrations come over the socket, which knows them before the metadata store does."""
@@ -131,7 +129,7 @@ class ShmRoute(Route):
             self._seen = descriptor
             with contextlib.suppress(PeerLost):  # then the requests fail with the lane
                 self._lane.sync()
-        self.tables = self._lane.maps.tables
+        self._set_tables(self._lane.maps.tables)
 
 
 def dial(address: str) -> socket.socket | None:

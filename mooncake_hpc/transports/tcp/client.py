@@ -15,8 +15,9 @@ from mooncake_hpc.address import join, resolve
 from mooncake_hpc.errors import MooncakeError
 from mooncake_hpc.kernels import lane as layout
 from mooncake_hpc.kernels import tcp_client as native
+from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.settings import Settings
-from mooncake_hpc.transports.base import WHOLE, Peer, Route
+from mooncake_hpc.transports.base import WHOLE, Peer, Route, Tables
 from mooncake_hpc.transports.lane import Lane
 
 ATTEMPTS = 3  # connections in a row without one more completed slice before the queue fails
@@ -156,16 +157,22 @@ class TcpRoute(Route):
     transport = "tcp"
 
     def __init__(self, peer: Peer, settings: Settings) -> None:
-        super().__init__(peer.descriptor)
         count = settings.tcp_lanes_per_peer or max(1, min(4, len(os.sched_getaffinity(0)) // 2))
         first = TcpLane(f"tcp/{peer.name}/0", peer, settings)
-        self.lanes = [first]
+        self._scratch = np.zeros(1, np.int64)
         if first.version == 1:
-            self._scratch = np.zeros(1, np.int64)
-            self.fence_byte = int(self._scratch.ctypes.data)
+            fence_byte, lanes = int(self._scratch.ctypes.data), [first]
         else:
-            self.lanes += [TcpLane(f"tcp/{peer.name}/{n}", peer, settings) for n in range(1, count)]
-        self.slice_limit = WHOLE if len(self.lanes) == 1 else CUT
+            fence_byte = 0
+            lanes = [first, *[TcpLane(f"tcp/{peer.name}/{n}", peer, settings) for n in range(1, count)]]
+        super().__init__(list(lanes), _tables(peer.descriptor), WHOLE if len(lanes) == 1 else CUT, fence_byte)
+
+    def update(self, descriptor: SegmentDescriptor) -> None:
+        self._set_tables(_tables(descriptor))
+
+
+def _tables(descriptor: SegmentDescriptor) -> Tables:
+    return Tables.of((b.address, b.address + b.length, b.readonly) for b in descriptor.buffers)
 
 
 def _dial(host: str, port: int, settings: Settings) -> socket.socket:

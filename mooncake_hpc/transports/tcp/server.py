@@ -86,8 +86,7 @@ class TcpServer:
 
     def export(self, registrations: Sequence[Registration], *, shrinks: bool) -> None:
         """As `Transport.export`."""
-        spans = [(r.address, r.address + r.length, r.readonly) for r in registrations if r.remote_accessible]
-        tables = Tables([(s, e) for s, e, _ in spans], [(s, e) for s, e, readonly in spans if not readonly])
+        tables = Tables.of((r.address, r.address + r.length, r.readonly) for r in registrations if r.remote_accessible)
         self._retired.append(self._tables)
         self._tables = tables
         self._install(tables)

@@ -1,0 +1,160 @@
+"""From a batch's requests to slices, in one call for the usual case of one peer, one route and one lane.
+
+These kernels are short and hold the GIL: no thread changes tables, routes or a lane's queue meanwhile.
+"""
+
+from __future__ import annotations
+
+from mooncake_hpc.kernels.lane import (
+    CANCEL,
+    ERROR,
+    ERROR_REQUEST,
+    EVENT,
+    HIDDEN,
+    LENGTH,
+    LOCAL,
+    META,
+    OTHERS,
+    PENDING,
+    REMAINING,
+    REMOTE,
+    REQUESTS,
+    ROOM,
+    SLICE,
+    SLICES,
+    STATUS,
+    WAITERS,
+    WORD,
+    WRITING,
+    enqueue,
+)
+from mooncake_hpc.kernels.native import brief, get, get_byte, put, put_byte, store
+from mooncake_hpc.kernels.ranges import covered, reach
+
+BAD_OPCODE, BAD_LENGTH, LOCAL_UNREGISTERED, REMOTE_UNREGISTERED, NO_ROOM = 1, 2, 3, 4, 5
+REASONS = 8
+
+# --- words of a route block
+ROUTE_TABLES = 0  # readable, writable
+ROUTE_LIMIT = 16  # largest slice
+ROUTE_FENCE = 24  # address of a byte for version 1's fences: a READ that follows the last WRITE; 0: none needed
+ROUTE_LANE = 32  # the lane, where there is one alone, else 0
+ROUTE_WORDS = 8
+
+# --- words of an engine's block
+LOCAL_TABLES = 0  # readable, writable
+SEGMENTS, SEGMENT_COUNT = 16, 24  # address of an array: by target id the block of the first route, or 0
+ENGINE_WORDS = 8
+
+TARGET_BITS = 20
+
+
+@brief
+def reset(batch, count):
+    """Make a used batch block new."""
+    for word in (REMAINING, WORD, ERROR, ERROR_REQUEST, CANCEL, WAITERS, OTHERS):
+        store(batch + word, 0)
+    put(batch + EVENT, -1)
+    status = get(batch + STATUS)
+    for index in range((count + 7) >> 3):
+        put(status + 8 * index, 0)
+
+
+@brief
+def cut(batch, count, target, local, route, slices, room):
+    """Write the slices of those of the batch's `count` requests that go to segment `target`; their number.
+
+    `local` is the address of a pair of tables, readable and writable, `route` that of a route block. A slice crosses
+    no border of a remote buffer and is at most the route's limit. Below 0: -(request * REASONS + reason).
+    """
+    made = fence_at = others = 0
+    requests, status, pending = get(batch + REQUESTS), get(batch + STATUS), get(batch + PENDING)
+    limit, fence_byte = get(route + ROUTE_LIMIT), get(route + ROUTE_FENCE)
+    for index in range(count):
+        record = requests + 32 * index
+        if get(record) >> 32 != target:
+            others += 1
+            continue
+        opcode, ours, theirs, length = get_byte(record), get(record + 8), get(record + 16), get(record + 24)
+        if opcode > 1:
+            return -(index * REASONS + BAD_OPCODE)
+        if length < 0:
+            return -(index * REASONS + BAD_LENGTH)
+        if length > 0 and not covered(get(local + 8 * (1 - opcode)), ours, length):
+            return -(index * REASONS + LOCAL_UNREGISTERED)
+        allowed = get(route + ROUTE_TABLES + 8 * opcode)
+        pieces = 0
+        while length > 0:
+            size = min(reach(allowed, theirs) - theirs, min(length, limit))
+            if size <= 0:
+                return -(index * REASONS + REMOTE_UNREGISTERED)
+            if made >= room - 1:
+                return -(index * REASONS + NO_ROOM)
+            piece = slices + SLICE * made
+            put(piece + LOCAL, ours)
+            put(piece + REMOTE, theirs)
+            put(piece + LENGTH, size)
+            put(piece + META, index << 8 | opcode)
+            fence_at = theirs if opcode == WRITING else fence_at
+            ours, theirs, length = ours + size, theirs + size, length - size
+            made, pieces = made + 1, pieces + 1
+        put(pending + 8 * index, pieces)
+        if pieces == 0:
+            put_byte(status + index, 1)
+    if fence_byte != 0 and fence_at != 0:
+        piece = slices + SLICE * made
+        put(piece + LOCAL, fence_byte)
+        put(piece + REMOTE, fence_at)
+        put(piece + LENGTH, 1)
+        put(piece + META, HIDDEN)
+        made += 1
+    put(batch + OTHERS, others)
+    return made
+
+
+@brief
+def assign(batch, count, target, blocks, routes):
+    """Replace the target of each request to `target` by the number of the first route whose tables hold its range.
+
+    `blocks` is the address of the addresses of `routes` route blocks. Numbers are -2 - route, so that they are no
+    segment's; where no route holds it, the target stays. The number of those that no route holds.
+    """
+    missing = 0
+    requests = get(batch + REQUESTS)
+    for index in range(count):
+        record = requests + 32 * index
+        if get(record) >> 32 != target:
+            continue
+        opcode, theirs, length = get_byte(record), get(record + 16), get(record + 24)
+        found = -1
+        for route in range(routes):
+            allowed = get(get(blocks + 8 * route) + ROUTE_TABLES + 8 * (opcode & 1))
+            if found < 0 and (length <= 0 or covered(allowed, theirs, length)):
+                found = route
+        if found < 0:
+            missing += 1
+        else:
+            put(record, (get(record) & 0xFFFFFFFF) | (-2 - found) << 32)
+    return missing
+
+
+@brief
+def submit(batch, count, engine):
+    """Cut and queue a batch of one target, one route and one lane: entry number << TARGET_BITS | target id.
+
+    0: nothing has been queued; the batch is reset, and Python takes over, for the unusual and for errors.
+    """
+    reset(batch, count)
+    target = get(get(batch + REQUESTS)) >> 32 if count > 0 else -1
+    if target < 0 or target >= get(engine + SEGMENT_COUNT):
+        return 0
+    route = get(get(engine + SEGMENTS) + 8 * target)
+    lane = get(route + ROUTE_LANE) if route != 0 else 0
+    if lane == 0:
+        return 0
+    made = cut(batch, count, target, engine + LOCAL_TABLES, route, get(batch + SLICES), get(batch + ROOM))
+    if made <= 0 or get(batch + OTHERS) != 0:
+        return 0
+    put(batch + REMAINING, made)
+    number = enqueue(lane, get(batch + SLICES), made, batch)
+    return 0 if number <= 0 else number << TARGET_BITS | target
