@@ -39,11 +39,12 @@ class Part:
 def parts(fast: bool, mpirun: str, extra: list[str]) -> list[Part]:
     """All parts in the order in which they run."""
     python = sys.executable
+    ruff = [python, "-m", "ruff"]
     pytest = ["-m", "pytest", "-q", *extra]
     chosen = ["-m", "not slow and not interop"] if fast else []
     unit = [python, *pytest, *chosen, "--durations=8", "--ignore=tests/mpi"]
     result = [
-        Part("lint", [[python, "-m", "ruff", "check", "."], [python, "-m", "mypy"]], 300),
+        Part("lint", [[*ruff, "check", "."], [*ruff, "format", "--check", "."], [python, "-m", "mypy"]], 300),
         Part("unit", [[*unit, "--junitxml", str(OUT / "unit" / "r.xml")]], 1500),
     ]
     for ranks in (2,) if fast else (1, 2, 4):

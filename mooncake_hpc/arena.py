@@ -28,7 +28,7 @@ class Arena:
         starts = [0, *np.cumsum(sizes).tolist()]
         self._array = np.zeros(starts[-1], np.int64)
         self.address = int(self._array.ctypes.data)
-        self.words = memoryview(self._array)  # its items are Python ints, and quick to read
+        self.words = self._array.data  # its items are Python ints, and quick to read
         self.requests: Requests = self._array[starts[1] : starts[2]].view(REQUEST)
         self.status: npt.NDArray[np.int8] = self._array[starts[3] : starts[4]].view(np.int8)
         for word, part in ((layout.REQUESTS, 1), (layout.PENDING, 2), (layout.STATUS, 3), (layout.SLICES, 4)):

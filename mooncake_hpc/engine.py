@@ -130,14 +130,10 @@ class TransferEngine:
         """
         self.register_many([obj], location, remote_accessible)
 
-    def register_many(
-        self, objects: Iterable[object], location: str = "cpu:0", remote_accessible: bool = True
-    ) -> None:
+    def register_many(self, objects: Iterable[object], location: str = "cpu:0", remote_accessible: bool = True) -> None:
         """As `register` for several, with a single metadata write; on an error none is registered."""
         views = [describe(obj) for obj in objects]
-        self._add(
-            [Registration(v.address, v.nbytes, location, v.readonly, remote_accessible, v.owner) for v in views]
-        )
+        self._add([Registration(v.address, v.nbytes, location, v.readonly, remote_accessible, v.owner) for v in views])
 
     def unregister(self, obj: object) -> None:
         """Undo `register` or `allocate`; on return no peer touches the memory any more. Raises RegistrationError."""
@@ -324,5 +320,3 @@ def _quietly(closer: Callable[[], None]) -> None:
         closer()
     except (OSError, MooncakeError):
         log.exception("closing")
-
-

@@ -1,18 +1,18 @@
 """Every exception that mooncake_hpc raises on purpose.
 
-    MooncakeError
-    ├── ConfigError (ValueError)          a flag, variable or argument that cannot be
-    ├── MetadataError
-    │   ├── MetadataUnavailable (ConnectionError)   the store does not answer
-    │   ├── SegmentNotFound (LookupError)           nobody has this name
-    │   └── NameInUse                               a living process holds this name
-    ├── RegistrationError (ValueError)    memory that cannot be registered, or is not
-    ├── WorkerError                       a worker process failed and could not be replaced
-    └── TransferError
-        ├── AddressRejected (ValueError)  an address outside the peer's (or our own) registered buffers
-        ├── PeerLost (ConnectionError)    the peer died, restarted or cannot be reached
-        ├── TransferTimeout (TimeoutError)
-        └── TransferCancelled
+MooncakeError
+├── ConfigError (ValueError)          a flag, variable or argument that cannot be
+├── MetadataError
+│   ├── MetadataUnavailable (ConnectionError)   the store does not answer
+│   ├── SegmentNotFound (LookupError)           nobody has this name
+│   └── NameInUse                               a living process holds this name
+├── RegistrationError (ValueError)    memory that cannot be registered, or is not
+├── WorkerError                       a worker process failed and could not be replaced
+└── TransferError
+    ├── AddressRejected (ValueError)  an address outside the peer's (or our own) registered buffers
+    ├── PeerLost (ConnectionError)    the peer died, restarted or cannot be reached
+    ├── TransferTimeout (TimeoutError)
+    └── TransferCancelled
 """
 
 

@@ -186,9 +186,7 @@ def _as_array(obj: Any) -> tuple[object, npt.NDArray[Any], bool]:
         array = _from_dlpack(obj)
         return (obj, array), array, _tells_readonly(obj) and not array.flags.writeable
     hint = "; it lies on a GPU: copy it to host memory" if hasattr(obj, "__cuda_array_interface__") else ""
-    raise RegistrationError(
-        f"{type(obj)!r} has none of the buffer protocol, __array_interface__ and __dlpack__{hint}"
-    )
+    raise RegistrationError(f"{type(obj)!r} has none of the buffer protocol, __array_interface__ and __dlpack__{hint}")
 
 
 def _from_dlpack(obj: Any) -> npt.NDArray[Any]:

@@ -1,4 +1,4 @@
-"""From a batch's requests to its parts where `kernels.slicer.submit` does not do: which route takes what, and errors."""
+"""From a batch's requests to its parts where `kernels.slicer.submit` does not do: which route takes what; errors."""
 
 from __future__ import annotations
 

@@ -100,9 +100,7 @@ def test_flagfile(tmp_path: Path) -> None:
     inner = tmp_path / "inner"
     inner.write_text("--duration 7\n")
     outer = tmp_path / "outer"
-    outer.write_text(
-        f"# comment\n\n--block_size=12\n--flagfile={inner}\nother*\n--name=no\ndem*\n--name=yes\n"
-    )
+    outer.write_text(f"# comment\n\n--block_size=12\n--flagfile={inner}\nother*\n--name=no\ndem*\n--name=yes\n")
     parsed = parse(f"--flagfile={outer}", "--block_size=13")
     assert parsed.integer("block_size") == 13 and parsed.number("duration") == 7
     assert parsed.text("name") == "yes"

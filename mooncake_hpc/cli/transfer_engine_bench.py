@@ -169,9 +169,7 @@ def _units(flags: Parsed) -> Units:
     return Units(unit, precision)
 
 
-def _run(
-    flags: Parsed, config: BenchConfig, settings: Settings, launch: Launch | None, command: Sequence[str]
-) -> int:
+def _run(flags: Parsed, config: BenchConfig, settings: Settings, launch: Launch | None, command: Sequence[str]) -> int:
     from mooncake_hpc.bench import job
 
     path = flags.text("json")

@@ -57,9 +57,7 @@ def exchange(address: str, kind: Kind, payload: Any, timeout: float, settings: S
     return reply.payload
 
 
-def probe(
-    address: str, timeout: float, settings: Settings, fence: str = "", fence_timeout: float = 0.0
-) -> ProbeReply:
+def probe(address: str, timeout: float, settings: Settings, fence: str = "", fence_timeout: float = 0.0) -> ProbeReply:
     """Ask whether a process lives at `address`. Raises PeerLost when nobody answers.
 
     With `fence`, also ask it to fence that data connection within `fence_timeout` seconds; the original

@@ -47,83 +47,102 @@ def _pointer(builder: Any, address: Any, bits: Any) -> Any:
 @intrinsic
 def load(typingctx, address):
     """The int64 at `address`, acquire."""
+
     def gen(ctx, b, sig, args):
         return b.load_atomic(_pointer(b, args[0], I64), "acquire", 8)
+
     return types.int64(types.int64), gen
 
 
 @intrinsic
 def store(typingctx, address, value):
     """Write the int64 at `address`, release."""
+
     def gen(ctx, b, sig, args):
         b.store_atomic(args[1], _pointer(b, args[0], I64), "release", 8)
         return ctx.get_dummy_value()
+
     return types.void(types.int64, types.int64), gen
 
 
 @intrinsic
 def get(typingctx, address):
     """The int64 at `address`, plain."""
+
     def gen(ctx, b, sig, args):
         return b.load(_pointer(b, args[0], I64))
+
     return types.int64(types.int64), gen
 
 
 @intrinsic
 def put(typingctx, address, value):
     """Write the int64 at `address`, plain."""
+
     def gen(ctx, b, sig, args):
         b.store(args[1], _pointer(b, args[0], I64))
         return ctx.get_dummy_value()
+
     return types.void(types.int64, types.int64), gen
 
 
 @intrinsic
 def get_byte(typingctx, address):
     """The byte at `address` as int64, 0 to 255."""
+
     def gen(ctx, b, sig, args):
         return b.zext(b.load(_pointer(b, args[0], I8)), I64)
+
     return types.int64(types.int64), gen
 
 
 @intrinsic
 def put_byte(typingctx, address, value):
     """Write the low byte of `value` at `address`."""
+
     def gen(ctx, b, sig, args):
         b.store(b.trunc(args[1], I8), _pointer(b, args[0], I8))
         return ctx.get_dummy_value()
+
     return types.void(types.int64, types.int64), gen
 
 
 @intrinsic
 def fetch_add(typingctx, address, value):
     """Add atomically to the int64 at `address`; the value before."""
+
     def gen(ctx, b, sig, args):
         return b.atomic_rmw("add", _pointer(b, args[0], I64), args[1], "seq_cst")
+
     return types.int64(types.int64, types.int64), gen
 
 
 @intrinsic
 def compare_exchange(typingctx, address, old, new):
     """Replace `old` by `new` atomically; the value found, which equals `old` when it happened."""
+
     def gen(ctx, b, sig, args):
         pair = b.cmpxchg(_pointer(b, args[0], I64), args[1], args[2], "seq_cst", "acquire")
         return b.extract_value(pair, 0)
+
     return types.int64(types.int64, types.int64, types.int64), gen
 
 
 @intrinsic
 def fence(typingctx):
     """Full barrier: no later load passes an earlier store."""
+
     def gen(ctx, b, sig, args):
         b.fence("seq_cst")
         return ctx.get_dummy_value()
+
     return types.void(), gen
 
 
 @intrinsic
 def pause(typingctx):
     """The processor's hint for spin loops. An LLVM intrinsic, as numba starts no assembler."""
+
     def gen(ctx, b, sig, args):
         names = {"x86_64": ("llvm.x86.sse2.pause", []), "aarch64": ("llvm.aarch64.isb", [I32(15)])}
         if ARCH in names:
@@ -131,23 +150,28 @@ def pause(typingctx):
             kind = ir.FunctionType(ir.VoidType(), [o.type for o in ops])
             b.call(cgutils.get_or_insert_function(b.module, kind, name), ops)
         return ctx.get_dummy_value()
+
     return types.void(), gen
 
 
 @intrinsic
 def copy(typingctx, destination, source, length):
     """memmove(destination, source, length)."""
+
     def gen(ctx, b, sig, args):
         cgutils.raw_memmove(b, _pointer(b, args[0], I8), _pointer(b, args[1], I8), args[2], I64(1))
         return ctx.get_dummy_value()
+
     return types.void(types.int64, types.int64, types.int64), gen
 
 
 @intrinsic
 def address_of(typingctx, array):
     """Address of element 0 of a C-contiguous array."""
+
     def gen(ctx, b, sig, args):
         return b.ptrtoint(ctx.make_array(sig.args[0])(ctx, b, args[0]).data, I64)
+
     return types.int64(array), gen
 
 
@@ -187,21 +211,25 @@ def _timespec(builder: Any, nanoseconds: Any) -> Any:
 @intrinsic
 def now(typingctx):
     """CLOCK_MONOTONIC in nanoseconds, the clock of `time.monotonic_ns()`."""
+
     def gen(ctx, b, sig, args):
         spec = _on_stack(b, 2)
         _call(b, "clock_gettime", I32, [I32, I64], [I32(1), b.ptrtoint(spec, I64)])
         seconds, rest = b.load(_word(b, spec, 0)), b.load(_word(b, spec, 1))
         return b.add(b.mul(seconds, I64(10**9)), rest)
+
     return types.int64(), gen
 
 
 @intrinsic
 def futex_wait(typingctx, word, expected, nanoseconds):
     """Sleep while the low 32 bits at `word` equal those of `expected`, at most `nanoseconds` (>= 0)."""
+
     def gen(ctx, b, sig, args):
         spec = _timespec(b, args[2])
         words = [I64(SYS_FUTEX), args[0], I64(FUTEX_WAIT), b.and_(args[1], I64(0xFFFFFFFF)), spec, I64(0), I64(0)]
         return _call(b, "syscall", I64, [I64] * 7, words)
+
     return types.int64(types.int64, types.int64, types.int64), gen
 
 
@@ -211,6 +239,7 @@ def poll(typingctx, first, events, second, nanoseconds):
 
     The revents of `first`, with bit 16 set when `second` is readable; 0 after the time.
     """
+
     def gen(ctx, b, sig, args):
         fds = _on_stack(b, 2)  # two struct pollfd {int fd; short events; short revents}
         low, high = I64(0xFFFFFFFF), I64(32)
@@ -222,16 +251,19 @@ def poll(typingctx, first, events, second, nanoseconds):
         two = b.lshr(b.load(_word(b, fds, 1)), I64(48))
         ready = b.select(b.icmp_unsigned("!=", two, I64(0)), I64(1 << 16), I64(0))
         return b.or_(one, ready)
+
     return types.int64(*[types.int64] * 4), gen
 
 
 @intrinsic
 def errno(typingctx):
     """This thread's errno after a failed call."""
+
     def gen(ctx, b, sig, args):
         kind = ir.FunctionType(I8.as_pointer(), [])
         where = b.call(cgutils.get_or_insert_function(b.module, kind, "__errno_location"), [])
         return b.sext(b.load(b.bitcast(where, I32.as_pointer())), I64)
+
     return types.int64(), gen
 
 

@@ -45,35 +45,43 @@ S1, S2, S4, S29, S32, S56 = (np.uint64(n) for n in (1, 2, 4, 29, 32, 56))
 @intrinsic
 def word(typingctx, base, index):
     """The 64-bit word `index` after address `base`, of any alignment."""
+
     def gen(ctx, b, sig, args):
         return b.load(b.gep(b.inttoptr(args[0], I64.as_pointer()), [args[1]]), align=1)
+
     return types.uint64(types.int64, types.int64), gen
 
 
 @intrinsic
 def set_word(typingctx, base, index, value):
     """Write the 64-bit word `index` after address `base`, of any alignment."""
+
     def gen(ctx, b, sig, args):
         b.store(args[2], b.gep(b.inttoptr(args[0], I64.as_pointer()), [args[1]]), align=1)
         return ctx.get_dummy_value()
+
     return types.void(types.int64, types.int64, types.uint64), gen
 
 
 @intrinsic
 def put_byte(typingctx, address, value):
     """Write the low byte of `value` at `address`."""
+
     def gen(ctx, b, sig, args):
         b.store(b.trunc(args[1], I8), b.inttoptr(args[0], I8.as_pointer()))
         return ctx.get_dummy_value()
+
     return types.void(types.int64, types.uint64), gen
 
 
 @intrinsic
 def set_bytes(typingctx, address, value, length):
     """memset(address, value, length)."""
+
     def gen(ctx, b, sig, args):
         cgutils.memset(b, b.inttoptr(args[0], I8.as_pointer()), args[2], b.trunc(args[1], I8))
         return ctx.get_dummy_value()
+
     return types.void(types.int64, types.int64, types.int64), gen
 
 

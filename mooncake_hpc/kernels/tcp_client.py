@@ -422,4 +422,3 @@ def attend(lane):
             store(lane + URGENT, 0)
             drive(lane, 0, now() + NAP)
         head = load(lane + HEAD)
-

@@ -44,7 +44,7 @@ class Lane(ABC):
         self.last_error = ""
         self.words = np.zeros(layout.LANE_WORDS, np.int64)
         self.address = int(self.words.ctypes.data)
-        self._head = memoryview(self.words)[layout.HEAD // 8 :]
+        self._head = self.words.data[layout.HEAD // 8 :]
         self._ring = np.zeros(DEPTH * layout.ENTRY // 8, np.int64)
         self._doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._set(layout.RING, int(self._ring.ctypes.data))

@@ -1,6 +1,6 @@
 """Messages from the pool to a worker: a SOCK_SEQPACKET socket, one fixed record a message.
 
-    ATTACH  map the memory file whose descriptor comes along     FORGET  unmap it     STOP  end
+ATTACH  map the memory file whose descriptor comes along     FORGET  unmap it     STOP  end
 """
 
 from __future__ import annotations

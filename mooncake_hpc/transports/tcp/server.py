@@ -150,8 +150,9 @@ class TcpServer:
                 return
             if time.monotonic() > deadline and not cut:
                 cut = True
-                log.warning("data port %d: cutting %d connections that still use unregistered memory",
-                            self.port, len(users))
+                log.warning(
+                    "data port %d: cutting %d connections that still use unregistered memory", self.port, len(users)
+                )
                 for connection in users:
                     connection.stop()
             time.sleep(0.0005)
