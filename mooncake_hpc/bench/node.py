@@ -38,8 +38,8 @@ class Result:
     name: str
     targets: list[str]
     measured: Measured
-    transports: list[str]
-    lane_bytes: dict[str, int]  # during warm-up, run and verification
+    transports: list[str]  # those that carried bytes
+    lane_bytes: dict[str, int]  # during warm-up, run and verification; lanes that carried any
     target_cpu_seconds: float | None = None  # None: unknown
     rank: int = 0
     host: str = field(default_factory=socket.gethostname)
@@ -110,12 +110,13 @@ class Initiator:
         """The timed run, with verification if configured."""
         verifier = self._verifier(pool) if self._config.verify else None
         measured = self._runner.run(verifier)
+        lane_bytes = {lane: count for lane, count in self._engine.lane_bytes().items() if count}
         return Result(
             name=self._engine.name,
             targets=self._targets,
             measured=measured,
-            transports=sorted({segment.transport for segment in self._segments}),
-            lane_bytes=self._engine.lane_bytes(),
+            transports=sorted({lane.partition("/")[0] for lane in lane_bytes}),
+            lane_bytes=lane_bytes,
         )
 
     def _verifier(self, pool: WorkerPool) -> Verifier:

@@ -88,7 +88,7 @@ def report_lines(config: BenchConfig, results: Sequence[Result], targets_cpu: fl
             lanes[name] = lanes.get(name, 0) + count
     transports = sorted({name for r in results for name in r.transports})
     lines.append(
-        f"carried by {', '.join(transports)}: "
+        f"carried by {', '.join(transports) or 'nothing'}: "
         + ", ".join(f"{name} {count / 1e9:.3f} GB" for name, count in sorted(lanes.items()))
     )
     target = "unknown" if targets_cpu is None else f"{targets_cpu:.2f} s"
