@@ -27,7 +27,7 @@ apt_install() {
     command -v apt-get >/dev/null || die "please install: $*"
     [ "$(id -u)" = 0 ] || die "please install (as root): apt-get install $*"
     say "apt-get install $*"
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"; } \
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 install -y -qq --no-install-recommends "$@"; } \
         >"$STATE/apt.log" 2>&1 || { tail -20 "$STATE/apt.log" >&2; die "apt-get failed: $*"; }
 }
 
