@@ -3,13 +3,9 @@
 # MOONCAKE_HPC_PYTHON   interpreter to build from (default: the first of python3, python3.13 … with Python 3.11+)
 # MOONCAKE_HPC_MPI      mpich (default: a wheel into .venv) or system (the site's own mpirun and libmpi)
 
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-STATE=$ROOT/.mooncake
+source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 VENV=$ROOT/.venv
 PY=$VENV/bin/python
-
-die() { echo "$(basename "$0"): $*" >&2; exit 1; }
-say() { echo "$(basename "$0"): $*" >&2; }
 
 find_python() {
     local name
@@ -20,15 +16,6 @@ find_python() {
         fi
     done
     die "no Python 3.11 to 3.13 found; install one, or name it in MOONCAKE_HPC_PYTHON"
-}
-
-# apt_install PACKAGE…: only as root, and only where apt-get exists.
-apt_install() {
-    command -v apt-get >/dev/null || die "please install: $*"
-    [ "$(id -u)" = 0 ] || die "please install (as root): apt-get install $*"
-    say "apt-get install $*"
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 install -y -qq --no-install-recommends "$@"; } \
-        >"$STATE/apt.log" 2>&1 || { tail -20 "$STATE/apt.log" >&2; die "apt-get failed: $*"; }
 }
 
 # make_venv FOLDER: with pip in it, or nothing at all.
