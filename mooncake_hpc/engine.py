@@ -21,7 +21,7 @@ from mooncake_hpc.control.directory import Directory
 from mooncake_hpc.control.server import ControlServer, Handlers, Notifications, open_rpc_listener
 from mooncake_hpc.errors import ConfigError, MooncakeError, PeerLost, RegistrationError, TransferTimeout
 from mooncake_hpc.kernels import slicer
-from mooncake_hpc.memory import MemoryFile, describe
+from mooncake_hpc.memory import MemoryFile, containing, describe
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.remote import Segment
 from mooncake_hpc.request import READ, REQUEST, WRITE, Requests
@@ -119,12 +119,14 @@ class TransferEngine:
         RegistrationError, and as `register`.
         """
         file = MemoryFile(nbytes)
-        self._add([Registration(file.address, nbytes, location, False, remote_accessible, file.array, file)])
-        return file.array
+        array = file.array
+        self._add([Registration(file.address, nbytes, location, False, remote_accessible, array, file, True)])
+        return array
 
     def register(self, obj: object, location: str = "cpu:0", remote_accessible: bool = True) -> None:
         """Let transports touch the memory of `obj`: anything with the buffer protocol, `__array_interface__`, or
         `__dlpack__` on the CPU. It is kept alive until unregistered; read-only memory is registered read-only.
+        Shared memory carries to and from it only where it lies in what `allocate` gave: else it is for tcp.
 
         Raises RegistrationError, MetadataError (more buffers than one value holds), MetadataUnavailable.
         """
@@ -133,7 +135,13 @@ class TransferEngine:
     def register_many(self, objects: Iterable[object], location: str = "cpu:0", remote_accessible: bool = True) -> None:
         """As `register` for several, with a single metadata write; on an error none is registered."""
         views = [describe(obj) for obj in objects]
-        self._add([Registration(v.address, v.nbytes, location, v.readonly, remote_accessible, v.owner) for v in views])
+        self._add(
+            [
+                Registration(v.address, v.nbytes, location, v.readonly, remote_accessible, v.owner, file)
+                for v in views
+                for file in [containing(v.address, v.nbytes)]
+            ]
+        )
 
     def unregister(self, obj: object) -> None:
         """Undo `register` or `allocate`; on return no peer touches the memory any more. Raises RegistrationError."""
@@ -153,9 +161,7 @@ class TransferEngine:
             for transport in self._transports:
                 transport.export(left, shrinks=True)
             self._adopt(tuple(left))
-        for registration in gone:
-            if registration.file is not None:
-                registration.file.close()
+        _release(gone, left)
 
     def _add(self, registrations: list[Registration]) -> None:
         with self._lock:
@@ -302,9 +308,7 @@ class TransferEngine:
         for closer in closers:
             _quietly(closer)
         gone, self._registrations = self._registrations, ()  # a closed engine keeps no memory
-        for registration in gone:
-            if registration.file is not None:
-                registration.file.close()
+        _release(gone, ())
 
     def __enter__(self) -> Self:
         return self
@@ -313,6 +317,14 @@ class TransferEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _release(gone: Iterable[Registration], left: Iterable[Registration]) -> None:
+    """Close the memory files of allocations that are gone, but for those that other registrations lie in."""
+    kept = {r.file.serial for r in left if r.file is not None}
+    for registration in gone:
+        if registration.allocated and registration.file is not None and registration.file.serial not in kept:
+            registration.file.close()
 
 
 def _quietly(closer: Callable[[], None]) -> None:

@@ -81,6 +81,10 @@ class MemoryFile:
         return self._array
 
     @property
+    def closed(self) -> bool:
+        return self._fd < 0
+
+    @property
     def fd(self) -> int:
         """The descriptor to hand to other processes. Raises RegistrationError once closed."""
         if self._fd < 0:

@@ -7,3 +7,8 @@ from mooncake_hpc.testing.transports import TransportConformance
 
 class TestTcp(TransportConformance):
     protocol = "tcp"
+
+
+class TestShm(TransportConformance):
+    protocol = "shm"
+    private = False

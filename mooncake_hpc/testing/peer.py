@@ -7,7 +7,6 @@ output go JSON lines: a command with its arguments, and a result or an error. Th
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import select
@@ -24,20 +23,32 @@ import numpy.typing as npt
 
 from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
 from mooncake_hpc.errors import MooncakeError
+from mooncake_hpc.kernels.prepare import checksum
 
 Bytes = npt.NDArray[np.uint8]
 
+STEP = 1 << 20  # bytes that `fill` makes at a time, a multiple of its block
+
+
+def fill(memory: Bytes, seed: int) -> None:
+    """Fill with random bytes, the same ones for a seed in every process; no two blocks of 64 KiB are equal."""
+    block = np.random.Generator(np.random.SFC64(seed)).integers(0, 1 << 64, 8192, np.uint64)
+    for start in range(0, memory.size, STEP):
+        part = memory[start : start + STEP]
+        numbers = np.arange(start // block.nbytes, (start + STEP) // block.nbytes, dtype=np.uint64)
+        part[:] = (block ^ numbers[:, None]).view(np.uint8).reshape(-1)[: part.size]
+
 
 def pattern(seed: int, nbytes: int) -> Bytes:
-    """`nbytes` random bytes, the same ones for a seed in every process; no two blocks of 64 KiB are equal."""
-    block = np.random.Generator(np.random.SFC64(seed)).integers(0, 1 << 64, 8192, np.uint64)
-    numbers = np.arange(-(-nbytes // block.nbytes), dtype=np.uint64)
-    return (block ^ numbers[:, None]).view(np.uint8).reshape(-1)[:nbytes]
+    """What `fill` writes."""
+    memory = np.empty(nbytes, np.uint8)
+    fill(memory, seed)
+    return memory
 
 
 def digest(data: Bytes) -> str:
     """What two processes compare instead of the bytes."""
-    return hashlib.sha256(data.data).hexdigest()
+    return f"{checksum(data):016x}"
 
 
 class PeerError(Exception):
@@ -143,19 +154,21 @@ class Node:
         """Shared memory, zeroed or with a pattern; its address."""
         memory = self._engine.allocate(nbytes, remote_accessible=remote_accessible)
         if seed:
-            memory[:] = pattern(seed, nbytes)
+            fill(memory, seed)
         return self._keep(memory)
 
-    def register(self, nbytes: int, seed: int = 0, readonly: bool = False) -> int:
-        """Memory of the process's own, registered; its address."""
-        memory = pattern(seed, nbytes) if seed else np.zeros(nbytes, np.uint8)
+    def register(self, nbytes: int, seed: int = 0, readonly: bool = False, private: bool = True) -> int:
+        """Memory of the process's own, or part of a memory file, registered; its address."""
+        memory = self._make(nbytes, private)
+        if seed:
+            fill(memory, seed)
         memory.flags.writeable = not readonly
         self._engine.register(memory)
         return self._keep(memory)
 
-    def register_parts(self, nbytes: int, cuts: Sequence[Sequence[int]]) -> int:
+    def register_parts(self, nbytes: int, cuts: Sequence[Sequence[int]], private: bool = True) -> int:
         """One allocation, of which each [begin, end) is registered for itself; its address."""
-        memory = np.zeros(nbytes, np.uint8)
+        memory = self._make(nbytes, private)
         self._engine.register_many([memory[begin:end] for begin, end in cuts])
         return self._keep(memory)
 
@@ -170,8 +183,7 @@ class Node:
         self._engine.unregister(self._memory.pop(address))
 
     def fill(self, address: int, seed: int, length: int | None = None) -> None:
-        memory = self._memory[address][:length]
-        memory[:] = pattern(seed, memory.size)
+        fill(self._memory[address][:length], seed)
 
     def digest(self, address: int, offset: int = 0, length: int | None = None) -> str:
         end = None if length is None else offset + length
@@ -212,12 +224,21 @@ class Node:
         self._hammer = threading.Thread(target=self._run_hammer, args=(requests,), daemon=True)
         self._hammer.start()
 
+    def hammered(self) -> int:
+        """Batches done so far."""
+        return int(self._hammered[0])
+
     def stop_hammer(self) -> list[Any]:
         """[batches done, the error that ended it or ""]."""
         assert self._hammer is not None
         self._stop_hammer.set()
         self._hammer.join(30)
         return self._hammered
+
+    def _make(self, nbytes: int, private: bool) -> Bytes:
+        if private:
+            return np.zeros(nbytes, np.uint8)
+        return self._engine.allocate(nbytes, remote_accessible=False).view()
 
     def _run_hammer(self, requests: npt.NDArray[Any]) -> None:
         try:

@@ -18,7 +18,7 @@ import pytest
 from mooncake_hpc import READ, REQUEST, WRITE, Segment, TransferEngine
 from mooncake_hpc.errors import AddressRejected, PeerLost, TransferError, TransferTimeout
 from mooncake_hpc.settings import Settings
-from mooncake_hpc.testing.peer import Bytes, PeerProcess, digest, pattern
+from mooncake_hpc.testing.peer import Bytes, PeerProcess, digest, fill, pattern
 
 HOST = "127.0.0.1"
 ARENA = 160 << 20  # bytes that the tests of a class share on each side
@@ -52,6 +52,14 @@ class Link:
     def run(self, *records: tuple[int, int, int, int, int], timeout: float = 30.0) -> None:
         self.engine.submit(requests(*records)).wait(timeout)
 
+    def hammer(self, memory: Bytes, write: bool) -> None:
+        """Have the peer transfer all of our `memory` over and over; returns once it does."""
+        self.peer.call("hammer", self.engine.name, address(memory), memory.size, write)
+        deadline = time.monotonic() + 20
+        while self.peer.call("hammered") < 2:
+            assert time.monotonic() < deadline, self.peer.call("stop_hammer")
+            time.sleep(0.005)
+
     def remote_digest(self, offset: int = 0, length: int | None = None) -> str:
         return str(self.peer.call("digest", self.remote, offset, length))
 
@@ -73,12 +81,18 @@ class TransportConformance:
     """Bytes are compared in every test. The tests of a class share one pair of processes, but for the fatal ones."""
 
     protocol: str
+    private = True  # whether it reaches memory of the caller's own, or only such as lies in memory files
+    settings: Settings | None = None
 
     @pytest.fixture(scope="class")
     @classmethod
     def link(cls) -> Iterator[Link]:
-        with linked(cls.protocol, ARENA) as link:
+        with linked(cls.protocol, ARENA, settings=cls.settings) as link:
             yield link
+
+    def register(self, link: Link, nbytes: int, seed: int, readonly: bool = False) -> int:
+        """The address of memory that the peer registers, neither for the whole of a memory file nor by allocate()."""
+        return int(link.peer.call("register", nbytes, seed, readonly, self.private))
 
     # --- reads, writes and their sizes ----------------------------------------------------------------------
 
@@ -136,13 +150,13 @@ class TransportConformance:
     def test_one_request_above_2_gib(self) -> None:
         nbytes = (2 << 30) + 4097
         with linked(self.protocol, nbytes) as link:
-            link.local[:] = pattern(6, nbytes)
+            fill(link.local, 6)
             sent = digest(link.local)
             link.run(link.request(WRITE, 0, 0, nbytes), timeout=60)
             assert link.remote_digest() == sent
-            link.peer.call("fill", link.remote, 7)
+            link.local[:] = 0
             link.run(link.request(READ, 0, 0, nbytes), timeout=60)
-            assert digest(link.local) == digest(pattern(7, nbytes)) != sent
+            assert digest(link.local) == sent
 
     # --- registrations --------------------------------------------------------------------------------------
 
@@ -156,7 +170,7 @@ class TransportConformance:
         ids=["overlapping", "adjacent", "twice"],
     )
     def test_request_across_buffers(self, link: Link, cuts: Sequence[tuple[int, int]]) -> None:
-        remote = link.peer.call("register_parts", 100_000, cuts)
+        remote = link.peer.call("register_parts", 100_000, cuts, self.private)
         data = pattern(8, 99_998)
         link.local[:99_998] = data
         base, target = address(link.local), link.segment.id
@@ -166,7 +180,7 @@ class TransportConformance:
         assert (link.local[200_000:299_998] == data).all()
 
     def test_hole_between_buffers(self, link: Link) -> None:
-        remote = link.peer.call("register_parts", 9_000, [(0, 4_000), (4_001, 9_000)])
+        remote = link.peer.call("register_parts", 9_000, [(0, 4_000), (4_001, 9_000)], self.private)
         with pytest.raises(AddressRejected, match=link.peer.name):
             link.run((READ, link.segment.id, address(link.local), remote, 9_000))
 
@@ -189,7 +203,7 @@ class TransportConformance:
         assert link.remote_digest(0, 100) == before  # nothing of a refused batch starts
 
     def test_readonly_memory(self, link: Link) -> None:
-        remote = link.peer.call("register", 5_000, 9, True)
+        remote = self.register(link, 5_000, 9, readonly=True)
         ours = link.local[:5_000]
         link.engine.read(ours, link.segment, remote)
         assert (ours == pattern(9, 5_000)).all()
@@ -217,8 +231,7 @@ class TransportConformance:
         assert (own == pattern(11, ARENA)[:4_096]).all()
 
     def test_registered_after_we_opened(self, link: Link) -> None:
-        for register in ("register", "allocate"):
-            remote = link.peer.call(register, 70_000, 12)
+        for remote in (self.register(link, 70_000, 12), link.peer.call("allocate", 70_000, 12)):
             ours = link.local[:70_000]
             ours[:] = 0
             link.engine.read(ours, link.segment, remote)
@@ -226,8 +239,7 @@ class TransportConformance:
             link.peer.call("drop", remote)
 
     def test_unregistered_after_we_opened(self, link: Link) -> None:
-        for register in ("register", "allocate"):
-            remote = link.peer.call(register, 70_000, 13)
+        for remote in (self.register(link, 70_000, 13), link.peer.call("allocate", 70_000, 13)):
             link.engine.read(link.local[:70_000], link.segment, remote)
             link.peer.call("unregister", remote)
             link.local[:70_000] = 0
@@ -241,12 +253,14 @@ class TransportConformance:
     def test_unregister_while_the_peer_transfers(self, link: Link, write: bool, allocated: bool) -> None:
         """What goes on in memory is over when unregister() returns, and other memory's transfers go on."""
         nbytes = 8 << 20
-        memory = link.engine.allocate(nbytes) if allocated else np.zeros(nbytes, np.uint8)
-        if not allocated:
+        if allocated:
+            memory = link.engine.allocate(nbytes)
+        else:
+            private = np.zeros(nbytes, np.uint8)
+            memory = private if self.private else link.engine.allocate(nbytes, remote_accessible=False)[:]
             link.engine.register(memory)
         memory[:] = 1
-        link.peer.call("hammer", link.engine.name, address(memory), nbytes, write)
-        time.sleep(0.3)
+        link.hammer(memory, write)
         began = time.monotonic()
         link.engine.unregister(memory)
         took = time.monotonic() - began
@@ -259,8 +273,7 @@ class TransportConformance:
 
     def test_other_memory_goes_on_while_some_is_unregistered(self, link: Link) -> None:
         busy = link.engine.allocate(4 << 20)
-        link.peer.call("hammer", link.engine.name, address(busy), busy.size, True)
-        time.sleep(0.1)
+        link.hammer(busy, write=True)
         slowest = 0.0
         for _ in range(20):
             other = link.engine.allocate(4_096)

@@ -19,7 +19,11 @@ WHOLE = 1 << 62  # slice limit of a route with one lane: no reason to cut
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """Memory of this process that transports may touch. `owner` keeps it in place, `file` is set by `allocate()`."""
+    """Memory of this process that transports may touch.
+
+    `owner` keeps it in place, `file` is the memory file that it lies in, if any, and `allocated` tells whether that
+    was made for this registration.
+    """
 
     address: int
     length: int
@@ -28,6 +32,7 @@ class Registration:
     remote_accessible: bool
     owner: object = field(repr=False, compare=False)
     file: MemoryFile | None = field(default=None, repr=False, compare=False)
+    allocated: bool = False
 
 
 class Tables:

@@ -140,7 +140,7 @@ class ShmServer:
                     for fd in fds:
                         os.close(fd)
                 return
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, MooncakeError) as error:
             log.debug("shared memory: client dropped: %s", error)
         selector.unregister(client.connection)
         with self._lock:
@@ -150,7 +150,8 @@ class ShmServer:
     def _describe(self, client: Client, have: set[int]) -> tuple[dict[str, Any], list[int]]:
         """All our buffers and the files they lie in; descriptors of the page (first) and of files not in `have`."""
         with self._lock:
-            files = {r.file.serial: r.file for r in self._registrations if r.file is not None}
+            usable = [r for r in self._registrations if r.file is not None and not r.file.closed]
+            files = {r.file.serial: r.file for r in usable if r.file is not None}
             new = [serial for serial in files if serial not in have]
             first = not client.greeted
             client.greeted = True
@@ -161,6 +162,6 @@ class ShmServer:
                 "page": first,
                 "files": [[serial, file.address, file.nbytes] for serial, file in files.items()],
                 "new": new,
-                "buffers": [[r.address, r.length, r.readonly] for r in self._registrations],
+                "buffers": [[r.address, r.length, r.readonly] for r in usable],
             }
             return reply, fds
