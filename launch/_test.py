@@ -57,20 +57,12 @@ def parts(fast: bool, mpirun: str, extra: list[str]) -> list[Part]:
     for ranks in (2,) if fast else (1, 2, 4):
         folder = OUT / f"mpi{ranks}"
         wrapper = [str(ROOT / "launch" / "_rank.sh"), str(folder)]
-        command = [mpirun, *launcher_options(mpirun), "-n", str(ranks), *wrapper]
+        command = [python, "-m", "mooncake_hpc", "launch", f"--mpirun={mpirun}", f"--ranks={ranks}", "--", *wrapper]
         # `-m mpi4py`, -x, thread: a rank that fails or hangs ends the job instead of leaving the others in a barrier.
         tests = [python, "-m", "mpi4py", *pytest, "-x", "--with-mpi", "--timeout-method=thread", "tests/mpi"]
         tests += ["-m", "not slow"] if fast else []
         result.append(Part(f"mpi{ranks}", [[*command, *tests, "--junitxml", str(folder / "r.xml")]], 300))
     return result
-
-
-def launcher_options(mpirun: str) -> list[str]:
-    """Open MPI wants to be told that root and more ranks than cores are meant; Hydra needs nothing."""
-    text = subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=30).stdout.lower()
-    if "open mpi" not in text and "prrte" not in text:
-        return []
-    return ["--oversubscribe", *(["--allow-run-as-root"] if os.getuid() == 0 else [])]
 
 
 def run(part: Part) -> None:

@@ -17,6 +17,7 @@ USAGE = """usage: mooncake-hpc COMMAND [--flag=value …]
 commands:
   bench    transfer_engine_bench: measure reads and writes of a target's memory
   etcd     an embedded etcd in the foreground, for trials
+  launch   ranks by mpirun or srun: mooncake-hpc launch --ranks=4 -- bench …
 
 `mooncake-hpc COMMAND --help` shows the command's flags.
 """
@@ -34,7 +35,13 @@ def _etcd() -> Callable[[Sequence[str], Sequence[str]], int]:
     return main
 
 
-COMMANDS = {"bench": _bench, "etcd": _etcd}
+def _launch() -> Callable[[Sequence[str], Sequence[str]], int]:
+    from mooncake_hpc.cli.launch import main
+
+    return main
+
+
+COMMANDS = {"bench": _bench, "etcd": _etcd, "launch": _launch}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,23 @@
+"""Intel MPI: a Hydra of its own, with options of its own."""
+
+from __future__ import annotations
+
+from mooncake_hpc.launchers.base import Job, Launcher
+
+SETTINGS = {"I_MPI_FABRICS": "shm:ofi", "I_MPI_SPIN_COUNT": "1"}  # MPI only waits here: it need not spin
+
+
+def command(job: Job, mpirun: str) -> list[str]:
+    """A list of machines takes its slots from a colon, as MPICH's; pinning is switched off by a variable."""
+    words = [mpirun, "-n", str(job.ranks)]
+    if job.hosts:
+        words += ["-bootstrap", "ssh", "-hosts", job.placement]
+        if job.remote_shell:
+            words += ["-bootstrap-exec", job.remote_shell]
+    environment = {**job.environment, **({"I_MPI_PIN": "off"} if job.binds_itself else {})}
+    for name, value in environment.items():
+        words += ["-genv", name, value]
+    return [*words, *job.program]
+
+
+INTEL = Launcher("intel", ("intel(r) mpi", "intel mpi"), "pmi2", SETTINGS, command)

@@ -1,0 +1,202 @@
+"""Launchers' command lines as data, host files, cores for ranks; and mpirun over virtual hosts, for real."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, clean_env
+
+from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.launchers import binding, hostfile, srun
+from mooncake_hpc.launchers.base import Host, Job
+from mooncake_hpc.launchers.choice import environment, identify
+from mooncake_hpc.launchers.intel import INTEL
+from mooncake_hpc.launchers.mpich import MPICH
+from mooncake_hpc.launchers.openmpi import OPENMPI
+
+HERE = Job(2, ["prog", "--x"])
+THERE = Job(3, ["prog"], (Host("h0", 2), Host("h1", 2), Host("h2")), {"A": "b c"}, "/bin/shell", True, True)
+
+
+def test_mpich() -> None:
+    assert shlex.join(MPICH.command(HERE, "mpirun")) == "mpirun -n 2 prog --x"
+    assert shlex.join(MPICH.command(THERE, "mpirun")) == (
+        "mpirun -n 3 -launcher ssh -hosts h0:2,h1:1 -launcher-exec /bin/shell -genv A 'b c' -bind-to none prog"
+    )
+
+
+def test_openmpi() -> None:
+    assert shlex.join(OPENMPI.command(HERE, "mpirun")) == "mpirun -n 2 --bind-to none --oversubscribe prog --x"
+    assert shlex.join(OPENMPI.command(THERE, "mpirun")) == (
+        "mpirun -n 3 --bind-to none --allow-run-as-root --host h0:2,h1:1 "
+        "--mca plm_rsh_agent /bin/shell --mca plm_ssh_agent /bin/shell -x 'A=b c' prog"
+    )
+
+
+def test_intel() -> None:
+    assert shlex.join(INTEL.command(HERE, "mpirun")) == "mpirun -n 2 prog --x"
+    assert shlex.join(INTEL.command(THERE, "mpirun")) == (
+        "mpirun -n 3 -bootstrap ssh -hosts h0:2,h1:1 -bootstrap-exec /bin/shell -genv A 'b c' -genv I_MPI_PIN off prog"
+    )
+
+
+def test_srun() -> None:
+    assert shlex.join(srun.command(HERE, "pmix", ("--nodes=2",))) == (
+        "srun --ntasks=2 --mpi=pmix --kill-on-bad-exit=1 --export=ALL --nodes=2 prog --x"
+    )
+    with pytest.raises(ConfigError, match="Slurm chooses the hosts"):
+        srun.command(THERE, "pmi2")
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [
+        "srun: MPI types are...\nsrun: none\nsrun: pmi2\n",
+        "MPI plugin types are...\n\tpmix\n\tpmi2\nspecific pmix: pmix_v4",
+    ],
+)
+def test_srun_plugins(listing: str) -> None:
+    assert "pmi2" in srun.plugins(listing)
+
+
+@pytest.mark.parametrize(
+    ("text", "launcher"),
+    [
+        ("HYDRA build details:\n    Version: 5.0.2", MPICH),
+        ("MPICH Version:      5.0.2", MPICH),
+        ("mpirun (Open MPI) 5.0.11", OPENMPI),
+        ("mpirun (PRRTE) 3.0.11", OPENMPI),
+        ("Intel(R) MPI Library for Linux* OS, Version 2021.11 Build 20231005", INTEL),
+    ],
+)
+def test_identify(text: str, launcher: object) -> None:
+    assert identify(text, "mpirun") is launcher
+
+
+def test_an_unknown_mpi_is_shown() -> None:
+    with pytest.raises(ConfigError, match=r"/opt/mpirun is of none .*intel, mpich, openmpi.*Platform MPI"):
+        identify("Platform MPI 9", "/opt/mpirun")
+
+
+def test_the_users_settings_win() -> None:
+    assert environment(OPENMPI, {"OMPI_MCA_btl": "tcp,self"})["OMPI_MCA_btl"] == "tcp,self"
+    assert environment(OPENMPI, {})["OMPI_MCA_pml"] == "ob1"
+
+
+def test_host_files() -> None:
+    text = "# nodes\nh0:2\nh1 slots=3 max-slots=4\nh2 # slow\n\nh0\n"
+    assert hostfile.parse(text) == (Host("h0", 3), Host("h1", 3), Host("h2", 1))
+
+
+@pytest.mark.parametrize("line", ["h0:", "h0 2", "h0:0", "h0 slots=x", "-x", "h0;rm"])
+def test_bad_host_files(line: str) -> None:
+    with pytest.raises(ConfigError, match=r"nodes\.txt, line 2"):
+        hostfile.parse(f"h1\n{line}\n", "nodes.txt")
+    with pytest.raises(ConfigError, match="names no host"):
+        hostfile.parse("# nothing\n")
+
+
+def test_too_few_slots() -> None:
+    with pytest.raises(ConfigError, match="3 ranks, but the 1 hosts have 2 slots"):
+        Job(3, ["prog"], (Host("h0", 2),))
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, (1, 2)),
+        ({"MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "4"}, (0, 4)),
+        ({"SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1"}, (1, 2)),
+        ({}, (0, 1)),
+    ],
+)
+def test_local_ranks(env: dict[str, str], expected: tuple[int, int]) -> None:
+    assert binding.local_rank(env) == expected
+
+
+def test_cores_beside_a_nic(tmp_path: Path) -> None:
+    for kind, name, cpus in (("infiniband", "mlx5_0", "4-7,12-15"), ("net", "eth7", "0,2\n")):
+        folder = tmp_path / kind / name / "device"
+        folder.mkdir(parents=True)
+        (folder / "local_cpulist").write_text(cpus)
+    assert binding.cpus_beside("mlx5_0", tmp_path) == [4, 5, 6, 7, 12, 13, 14, 15]
+    assert binding.cpus_beside("any", tmp_path) == binding.cpus_beside("mlx5_0", tmp_path)
+    assert binding.cpus_beside("eth7", tmp_path) == [0, 2]
+    assert binding.cpus_beside("nobody", tmp_path) == []
+
+
+def test_shares_are_apart_and_beside_the_nic() -> None:
+    shares = [binding.share(range(16), range(8), rank, 3) for rank in range(3)]
+    assert shares == [[0, 1], [2, 3, 4], [5, 6, 7]]
+    assert [binding.share(range(4), [2, 3], rank, 4) for rank in range(4)] == [[0], [1], [2], [3]]
+    assert binding.share(range(2), [0], 0, 3) == [0, 1]  # more ranks than cores: nobody is bound
+
+
+@pytest.fixture
+def three_hosts(tmp_path: Path) -> Iterator[tuple[list[str], Path]]:
+    """Words that run a command on one of three virtual hosts, and a host file of all."""
+    script = str(ROOT / "launch" / "virtual-hosts")
+    name = f"launchers-{os.getpid()}"
+    os.environ["VIRTUAL_HOSTS"] = name
+    try:
+        subprocess.run([script, "up", "3", "1gbit"], check=True, timeout=110)
+        file = tmp_path / "hosts.txt"
+        file.write_text("h0:2\nh1\nh2\n")
+        yield [script, "run", "h0", "--"], file
+    finally:
+        subprocess.run([script, "down"], check=True, timeout=60)
+        del os.environ["VIRTUAL_HOSTS"]
+
+
+PLACE = "from mpi4py import MPI; import os, socket; print(MPI.COMM_WORLD.Get_size(), socket.gethostname(), " \
+    "len(os.sched_getaffinity(0)), os.environ.get('MOONCAKE_HPC_LEASE_TTL'))"  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_host_file_for_real(three_hosts: tuple[list[str], Path]) -> None:
+    on_h0, file = three_hosts
+    launch = [sys.executable, "-m", "mooncake_hpc", "launch", f"--hostfile={file}", "--bind=any"]
+    shell = f"--remote_shell={ROOT}/launch/virtual-shell"
+    result = subprocess.run(
+        [*on_h0, *launch, shell, "--", sys.executable, "-c", PLACE],
+        env=clean_env(MOONCAKE_HPC_LEASE_TTL="7", VIRTUAL_HOSTS=os.environ["VIRTUAL_HOSTS"]),
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert result.returncode == 0, result
+    cores = len(os.sched_getaffinity(0))
+    both = max(1, cores // 2) if cores > 1 else cores
+    lines = sorted(result.stdout.split("\n"))[1:]
+    assert lines == [f"4 h0 {both} 7", f"4 h0 {both} 7", f"4 h1 {cores} 7", f"4 h2 {cores} 7"], result
+
+
+@pytest.mark.slow
+def test_a_bench_over_hosts(three_hosts: tuple[list[str], Path], tmp_path: Path) -> None:
+    on_h0, file = three_hosts
+    launch = [sys.executable, "-m", "mooncake_hpc", "launch", f"--hostfile={file}", "--ranks=4"]
+    flags = ["--protocol=tcp", "--metadata_server=embedded", "--pattern=all_to_all", "--verify", "--block_size=4096"]
+    flags += ["--batch_size=16", "--threads=2", "--buffer_size=1048576", "--duration=0.5"]
+    result = subprocess.run(
+        [*on_h0, *launch, f"--remote_shell={ROOT}/launch/virtual-shell", "--", "bench", *flags],
+        env=clean_env(VIRTUAL_HOSTS=os.environ["VIRTUAL_HOSTS"]), capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert result.returncode == 0, result
+    assert "h2:12348 -> h0:12345 h0:12346 h1:12347" in result.stdout, result.stdout
+    assert result.stdout.splitlines()[-1].startswith("Test completed: duration"), result.stdout
+
+
+def test_dry_run_and_mistakes() -> None:
+    def launch(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "mooncake_hpc", "launch", *words]
+        return subprocess.run(command, env=clean_env(), capture_output=True, text=True, timeout=60)
+
+    assert shlex.split(launch("--ranks=3", "--dry_run", "--", "bench", "--x").stdout)[-3:] == [
+        "mooncake_hpc", "bench", "--x",
+    ]  # fmt: skip
+    assert launch("--ranks=3").returncode == 2 and "nothing to run" in launch("--ranks=3").stderr
+    assert "cannot be read" in launch("--hostfile=/nowhere", "--", "bench").stderr
