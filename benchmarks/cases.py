@@ -40,9 +40,7 @@ class Case:
 
 def faster_than(*others: str, limit: float, what: str) -> Goal:
     """Our throughput over the best of the others' in the same round."""
-    return Goal(
-        what, lambda seen: seen["ours"].bytes_per_second / max(seen[o].bytes_per_second for o in others), limit
-    )
+    return Goal(what, lambda seen: seen["ours"].bytes_per_second / max(seen[o].bytes_per_second for o in others), limit)
 
 
 def quicker_than_original(limit: float) -> Goal:

@@ -91,16 +91,25 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         description="Measures ours and the original in turn on loopback, with raw sockets and memcpy as baselines; "
         "writes bench.json and bench.md. Exit code: 0, whatever was reached; 1 when something failed.",
     )
-    parser.add_argument("case", nargs="*", help="only cases whose names hold one of these, * and ? allowed; "
-                        f"{FACTS!r} is memory, idle time and start-up")
+    parser.add_argument(
+        "case",
+        nargs="*",
+        help=f"only cases whose names hold one of these, * and ? allowed; {FACTS!r} is memory, idle time and start-up",
+    )
     parser.add_argument("--list", action="store_true", help="list the cases and end")
     parser.add_argument("--pairs", type=int, default=5, help="rounds a case [%(default)s]")
-    parser.add_argument("--seconds", type=float, default=1.0, help="length of a run; the original's are whole "
-                        "[%(default)s]")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="length of a run; the original's are whole [%(default)s]"
+    )
     parser.add_argument("--batches", type=int, default=1_000_000, help="over which memory may not grow [%(default)s]")
     parser.add_argument("--idle", type=float, default=5.0, help="seconds of idleness to look at [%(default)s]")
-    parser.add_argument("--calm", type=float, default=0.0, metavar="SECONDS", help="before each case wait at most this "
-                        "long for others to leave the machine alone [%(default)s]")
+    parser.add_argument(
+        "--calm",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="before each case wait at most this long for others to leave the machine alone [%(default)s]",
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="[benchmarks/results]")
     parser.add_argument("--original", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

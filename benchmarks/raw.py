@@ -1,7 +1,7 @@
 """The floor: a bare numba `send`/`recv` loop over one connection, and memcpy, over blocks such as the bench's.
 
-    raw.py stream --footprint N --call N --seconds S    two processes, one direction; a line of JSON
-    raw.py memcpy --footprint N --call N --seconds S    np.copyto between two warm memory files
+raw.py stream --footprint N --call N --seconds S    two processes, one direction; a line of JSON
+raw.py memcpy --footprint N --call N --seconds S    np.copyto between two warm memory files
 """
 
 from __future__ import annotations
@@ -99,9 +99,7 @@ def send_stream(footprint: int, call: int, seconds: float, port: int) -> None:
 def memcpy(footprint: int, call: int, seconds: float) -> tuple[float, float]:
     """Bytes a second of np.copyto, a call a block, and CPU seconds."""
     source, destination = warm_memory(footprint), warm_memory(footprint)
-    pairs = [
-        (destination.array[at : at + call], source.array[at : at + call]) for at in range(0, footprint, call)
-    ]
+    pairs = [(destination.array[at : at + call], source.array[at : at + call]) for at in range(0, footprint, call)]
     for _ in range(WARM_ROUNDS):
         for to, come in pairs:
             np.copyto(to, come)

@@ -98,6 +98,9 @@ class Results:
         for result in self.cases:
             if result.failure:
                 lines += ["", f"{result.case.name} failed: {result.failure}"]
+            failures = sum(sample.failures for seen in result.rounds for sample in seen.values())
+            if failures:
+                lines += ["", f"{result.case.name}: {failures} runs of the original failed and were tried again."]
         if self.facts_failure:
             lines += ["", f"resources failed: {self.facts_failure}"]
         return "\n".join(lines) + "\n"
@@ -136,8 +139,11 @@ def _speed_table(results: list[CaseResult]) -> list[str]:
     rows = []
     for result in results:
         speeds = [_speed(result, name) if name in result.case.contenders else "" for name in ("ours", *others)]
-        cpu = [_number(result.median(name, "cpu_seconds_per_gb")) for name in ("ours", "original")
-               if name in result.case.contenders]
+        cpu = [
+            _number(result.median(name, "cpu_seconds_per_gb"))
+            for name in ("ours", "original")
+            if name in result.case.contenders
+        ]
         for number, goal in enumerate(result.case.goals):
             first = [result.case.name, *speeds, " / ".join(cpu)] if number == 0 else [""] * (len(speeds) + 2)
             ratios = result.ratios(goal)

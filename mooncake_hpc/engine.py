@@ -21,6 +21,7 @@ from mooncake_hpc.control.directory import Directory
 from mooncake_hpc.control.server import ControlServer, Handlers, Notifications, open_rpc_listener
 from mooncake_hpc.errors import ConfigError, MooncakeError, PeerLost, RegistrationError, TransferTimeout
 from mooncake_hpc.kernels import slicer
+from mooncake_hpc.kernels.native import compile_ahead
 from mooncake_hpc.memory import MemoryFile, containing, describe
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.remote import Segment
@@ -82,6 +83,7 @@ class TransferEngine:
         store = self._open_store(metadata)
         host = host or published_address(name, spec, settings)
         listener = bind_listener(host, [0], bind_all, settings.handshake_backlog, "")
+        compile_ahead(slicer.submit, slicer.reset, slicer.cut, slicer.assign)
         self._transports = make_transports(protocol, listener, host, settings)
         self._closers += [transport.close for transport in self._transports]
         rpc = open_rpc_listener(name, host, settings, peer_to_peer=store is None, bind_all=bind_all)

@@ -71,8 +71,14 @@ def peer_python(version: str) -> Path:
 
 
 def peer_bench(version: str) -> tuple[str, ...]:
-    """The original's bench as a command, logging to stderr."""
-    return (str(peer_python(version).parent / "transfer_engine_bench"), "--logtostderr")
+    """The original's bench as a command, logging to stderr.
+
+    The binary itself: the wheel's command of that name starts it and, when killed, leaves it running.
+    """
+    folder = peer_python(version).parent.parent
+    binary = next(folder.glob("lib/python*/site-packages/mooncake/transfer_engine_bench"))
+    binary.chmod(0o755)
+    return (str(binary), "--logtostderr")
 
 
 def peer_env(**extra: str) -> dict[str, str]:

@@ -6,7 +6,10 @@ ctypes object would forbid numba's cache, and an uncached kernel costs seconds a
 
 from __future__ import annotations
 
+import inspect
+import logging
 import platform
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +18,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+log = logging.getLogger(__name__)
 
 I64, I32, I8 = ir.IntType(64), ir.IntType(32), ir.IntType(8)
 ARCH = platform.machine()
@@ -34,10 +39,31 @@ def brief(function: Callable[..., Any]) -> Any:
 
 def _compile(function: Callable[..., Any], nogil: bool) -> Any:
     try:
-        return njit(nogil=nogil, cache=True)(function)
+        dispatcher: Any = njit(nogil=nogil, cache=True)(function)
     except RuntimeError as error:  # "cannot cache function ...: no locator available"
         warnings.warn(f"numba kernels are compiled anew in this process: {error}", stacklevel=3)
-        return njit(nogil=nogil)(function)
+        dispatcher = njit(nogil=nogil)(function)
+    specialize = dispatcher.compile
+
+    def compile_plain(kinds: Any) -> Any:
+        """Constants as arguments share one version: numba would make one for each of their values."""
+        return specialize(tuple(types.unliteral(kind) for kind in kinds) if isinstance(kinds, tuple) else kinds)
+
+    dispatcher.compile = compile_plain
+    return dispatcher
+
+
+def compile_ahead(first: Any, *others: Any) -> None:
+    """Have kernels of int64 arguments compiled before any deadline runs: on a busy machine that takes a minute.
+
+    What is in the cache already is left to be loaded when it is first called; `first` stands for all.
+    """
+    known, begin = sum(first.stats.cache_misses.values()), time.monotonic()
+    for number, each in enumerate((first, *others)):
+        each.compile((types.int64,) * len(inspect.signature(each.py_func).parameters))
+        if number == 0 and sum(first.stats.cache_misses.values()) == known:
+            return
+    log.info("kernels were compiled in %.1f s, once for all processes of this version", time.monotonic() - begin)
 
 
 def _pointer(builder: Any, address: Any, bits: Any) -> Any:

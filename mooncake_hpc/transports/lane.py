@@ -23,6 +23,11 @@ log = logging.getLogger(__name__)
 DEPTH = 1024  # batches in a lane's queue; more wait in `push`
 SPIN = 50_000  # ns: longer than a loopback round trip, shorter than what a sleep and a wake-up cost
 
+SHARED_KERNELS = (  # what this module and `batch` call; transports compile them ahead with their own
+    layout.enqueue, layout.await_room, layout.hurry, layout.seize, layout.go_up, layout.await_work, layout.hand_over,
+    layout.await_batch, layout.ring_thread, layout.ring_leader, layout.abandon, layout.finish_head, layout.fail_all,
+)  # fmt: skip
+
 
 def spin_time() -> int:
     """How long to poll before sleeping, in ns: not at all where the peer needs our only core."""

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mooncake_hpc.errors import PeerLost
+from mooncake_hpc.kernels import shm
+from mooncake_hpc.kernels.native import compile_ahead
 from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.transports.base import Peer, Registration, Transport
+from mooncake_hpc.transports.lane import SHARED_KERNELS
 from mooncake_hpc.transports.shm.client import ShmRoute, dial
 from mooncake_hpc.transports.shm.server import ShmServer
 
@@ -18,6 +21,7 @@ class ShmTransport(Transport):
     name = "shm"
 
     def __init__(self) -> None:
+        compile_ahead(shm.drive, shm.attend, *SHARED_KERNELS)
         self._server = ShmServer()
 
     def export(self, registrations: Sequence[Registration], *, shrinks: bool) -> None:

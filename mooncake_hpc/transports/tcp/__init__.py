@@ -6,11 +6,16 @@ import socket
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mooncake_hpc.kernels import tcp_client, tcp_server
+from mooncake_hpc.kernels.native import compile_ahead
 from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.transports.base import Peer, Registration, Transport
+from mooncake_hpc.transports.lane import SHARED_KERNELS
 from mooncake_hpc.transports.tcp.client import TcpRoute
 from mooncake_hpc.transports.tcp.server import TcpServer
+
+CLIENT_KERNELS = tcp_client.drive, tcp_client.attend, tcp_client.reset, tcp_client.writes_in_flight
 
 
 class TcpTransport(Transport):
@@ -21,6 +26,7 @@ class TcpTransport(Transport):
     def __init__(self, listener: socket.socket, host: str, settings: Settings) -> None:
         self._settings = settings
         self._host = host
+        compile_ahead(tcp_server.serve, *CLIENT_KERNELS, *SHARED_KERNELS)
         self.server = TcpServer(listener, settings.tcp_progress_timeout)
 
     def export(self, registrations: Sequence[Registration], *, shrinks: bool) -> None:
