@@ -7,7 +7,10 @@ import signal
 from collections.abc import Sequence
 
 from mooncake_hpc.cli import glog
-from mooncake_hpc.cli.gflags import Flag, FlagSet
+from mooncake_hpc.cli.gflags import Flag, FlagSet, Parsed
+from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.metadata.cluster import EtcdMember
+from mooncake_hpc.metadata.embedded import EmbeddedEtcd
 from mooncake_hpc.settings import Settings
 
 FLAGS = FlagSet(
@@ -17,6 +20,10 @@ FLAGS = FlagSet(
     {
         "Where": (
             Flag("listen", "127.0.0.1", "Address to listen on; 0.0.0.0 for all."),
+            Flag("members", "", "Hosts of an etcd of several members, split by commas; --member tells which this is. "
+                 "Each prints host:port when a majority serves."),
+            Flag("member", 0, "Which of --members runs here: 0 is the first."),
+            Flag("port", 0, "Clients' port with --members; the members themselves use the next one."),
             Flag("password", "", "Makes clients log in as root with it: MOONCAKE_HPC_ETCD_USER=root and "
                  "MOONCAKE_HPC_ETCD_PASSWORD."),
         ),
@@ -32,12 +39,19 @@ def main(arguments: Sequence[str], command: Sequence[str] = ()) -> int:
         print(FLAGS.help(), end="")
         return 0
     glog.set_up(flags)
-    from mooncake_hpc.metadata.embedded import EmbeddedEtcd
-
-    with EmbeddedEtcd(flags.text("listen"), flags.text("password"), Settings.from_env()) as etcd:
+    with _server(flags, Settings.from_env()) as etcd:
         print(etcd.endpoint, flush=True)
         try:
             while True:
                 signal.pause()
         except KeyboardInterrupt:
             return 0
+
+
+def _server(flags: Parsed, settings: Settings) -> EmbeddedEtcd:
+    if not flags.text("members"):
+        return EmbeddedEtcd(flags.text("listen"), flags.text("password"), settings)
+    if not 0 < flags.integer("port") < 65535:
+        raise ConfigError(f"--port={flags.integer('port')}: an etcd of several --members needs one below 65535")
+    hosts = flags.text("members").split(",")
+    return EtcdMember(hosts, flags.integer("member"), flags.integer("port"), flags.text("password"), settings)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from types import TracebackType
@@ -32,12 +33,14 @@ STOP_TIMEOUT = 2 * _supervisor.STOP_TIMEOUT
 PORT_ATTEMPTS = 5  # between choosing a free port and etcd's binding it, somebody else may take it
 USER = "root"  # etcd's only user that may switch authentication on
 PEER_URL = "unix://peer:0"  # a socket in etcd's own folder: nobody else can reach it, and it cannot clash
-FLAGS = [
-    "--data-dir=data",
+ALONE = [
     f"--listen-peer-urls={PEER_URL}",
     f"--initial-advertise-peer-urls={PEER_URL}",
     "--heartbeat-interval=10",  # a cluster of one elects itself: ready in 0.1 s instead of 1 s
     "--election-timeout=100",
+]
+FLAGS = [
+    "--data-dir=data",
     "--auto-compaction-mode=revision",
     "--auto-compaction-retention=1000",
     "--unsafe-no-fsync",  # the data end with the job
@@ -94,12 +97,16 @@ class EmbeddedEtcd:
         log.info("embedded etcd serves on %s", self.endpoint)
 
     def _start(self, password: str) -> None:
-        self.port = _free_port(self._family, self._address)
-        self.endpoint = _join(_reachable(self._family, self._address), self.port)  # for clients, "host:port"
-        url = f"http://{_join(self._address, self.port)}"
         self._name = secrets.token_hex(8)
-        etcd = [self._binary, f"--name={self._name}", f"--initial-cluster={self._name}={PEER_URL}"]
-        etcd += [f"--listen-client-urls={url}", f"--advertise-client-urls={url}", *FLAGS]
+        flags = [f"--name={self._name}", f"--initial-cluster={self._name}={PEER_URL}", *ALONE]
+        self._serve(_free_port(self._family, self._address), flags, password, START_TIMEOUT)
+
+    def _serve(self, port: int, flags: list[str], password: str, timeout: float) -> None:
+        """Start etcd for clients at `port` and wait for it."""
+        self.port, self._timeout = port, timeout
+        self.endpoint = _join(_reachable(self._family, self._address), port)  # for clients, "host:port"
+        url = f"http://{_join(self._address, port)}"
+        etcd = [self._binary, *flags, f"--listen-client-urls={url}", f"--advertise-client-urls={url}", *FLAGS]
         starter = [str(self._starter), tempfile.gettempdir()]
         if not sys.executable:
             raise ConfigError("an embedded etcd needs a Python to watch over it, and sys.executable is empty")
@@ -112,7 +119,7 @@ class EmbeddedEtcd:
             start_new_session=True,
         )
         try:
-            deadline = time.monotonic() + START_TIMEOUT
+            deadline = time.monotonic() + timeout
             self._await_health(deadline)
             if password:
                 self._enable_auth(password, deadline)
@@ -128,7 +135,7 @@ class EmbeddedEtcd:
             if self._supervisor.poll() is not None:
                 raise self._start_error("it ended")
             if time.monotonic() > deadline:
-                raise self._start_error(f"it does not serve within {START_TIMEOUT:g} s")
+                raise self._start_error(f"it does not serve within {self._timeout:g} s")
             time.sleep(0.01)
 
     def _serves(self, deadline: float) -> bool:
@@ -136,7 +143,10 @@ class EmbeddedEtcd:
         if self._request("GET", "/health", deadline).get("health") != "true":
             return False
         members = self._request("POST", "/v3/cluster/member/list", deadline, {}).get("members", [])
-        return [member.get("name") for member in members] == [self._name]
+        return self._is_ours([str(member.get("name")) for member in members])
+
+    def _is_ours(self, members: Sequence[str]) -> bool:
+        return list(members) == [self._name]
 
     def _enable_auth(self, password: str, deadline: float) -> None:
         for path, body in [

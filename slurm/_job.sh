@@ -1,0 +1,122 @@
+# Sourced by the batch scripts beside it; what a job of mooncake_hpc needs, whatever it runs.
+# Arguments of the script: --etcd-members=1|3; all others are kept in ARGS.
+# Variables that a user or a site may set before sbatch:
+#   MOONCAKE_HPC_PYTHON  a Python that has mooncake_hpc [.venv of this checkout, else python3]
+#   ETCD_ENDPOINTS       the site's etcd, host:port,host:port,…: then none is started (MOONCAKE_HPC_ETCD_* to log in)
+#   ETCD_BIN             the etcd to start
+#   MOONCAKE_HPC_LOCAL   a folder on a disk of each node, for compiled kernels [TMPDIR, else /tmp]
+# Sets: RESULT, the JSON file in the submit folder; METADATA, for --metadata_server; functions `ranks`, `everywhere`.
+set -euo pipefail
+
+SLURM_FOLDER=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+CHECKOUT=${SLURM_FOLDER%/*}
+say() { echo "$SLURM_JOB_NAME: $*" >&2; }
+die() { say "$*"; exit 1; }
+
+# ---- the job's name for everything: tasks of an array apart, components of a heterogeneous job together
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+JOB=${JOB:-$SLURM_JOB_ID}
+RESULT=$SLURM_SUBMIT_DIR/$SLURM_JOB_NAME-$JOB.json
+export MC_METADATA_CLUSTER_ID=slurm-$JOB
+
+# ---- arguments
+ETCD_MEMBERS=1
+ARGS=()
+for argument in "$@"; do
+    case $argument in
+        --etcd-members=[13]) ETCD_MEMBERS=${argument#*=} ;;
+        --etcd-members*) die "$argument: one member or three, --etcd-members=3" ;;
+        *) ARGS+=("$argument") ;;
+    esac
+done
+
+# ---- the program
+PY=${MOONCAKE_HPC_PYTHON:-$CHECKOUT/.venv/bin/python}
+[ -x "$PY" ] || PY=$(command -v "${MOONCAKE_HPC_PYTHON:-python3}") || die "no Python: set MOONCAKE_HPC_PYTHON"
+"$PY" -c 'import mooncake_hpc' || die "$PY has no mooncake_hpc: pip install it, or set MOONCAKE_HPC_PYTHON to one that has"
+mooncake() { "$PY" -m mooncake_hpc "$@"; }
+
+# ---- the nodes: registered memory is locked memory, and compiled kernels belong on a node's own disk
+ulimit -l unlimited 2>/dev/null || ulimit -l "$(ulimit -H -l)" || true
+export NUMBA_NUM_THREADS=1 NUMBA_CACHE_DIR=${NUMBA_CACHE_DIR:-${MOONCAKE_HPC_LOCAL:-${TMPDIR:-/tmp}}/mooncake-hpc-$(id -u)/numba}
+
+# ---- children, and their end on every path: SIGTERM comes from scancel and, by --signal, before the time limit
+CHILDREN=()
+clean_up() {
+    local code=$?
+    trap '' TERM INT
+    [ ${#CHILDREN[@]} = 0 ] || kill -TERM "${CHILDREN[@]}" 2>/dev/null || true
+    wait
+    exit "$code"
+}
+trap clean_up EXIT
+trap 'say "stopped by a signal"; exit 143' TERM INT
+
+# foreground WORDS…: run them, and stay open to signals meanwhile.
+foreground() {
+    local code=0
+    "$@" &
+    CHILDREN+=($!)
+    wait $! || code=$?
+    unset 'CHILDREN[-1]'
+    return $code
+}
+
+# everywhere WORDS…: once on each node, without MPI.
+everywhere() {
+    foreground srun --overlap --mem=0 --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
+        --ntasks-per-node=1 --mpi=none --kill-on-bad-exit=1 "$@"
+}
+
+# ranks WORDS…: all tasks of the job as one MPI world; WORDS are a command of mooncake-hpc or a program.
+ranks() { foreground "$PY" -m mooncake_hpc launch "${LAUNCH[@]}" -- "$@"; }
+LAUNCH=()
+
+# address HOST: where other nodes reach it; a name that its own /etc/hosts gives to loopback will not do.
+address() {
+    local found
+    found=$(getent ahosts "$1" | awk '{print $1; exit}') || true
+    case $found in '' | 127.* | ::1) echo 0.0.0.0 ;; *) echo "$found" ;; esac
+}
+
+# ---- etcd: the site's, or the job's own behind a password
+start_etcd() {
+    local log words=() nodes=() first count
+    if [ -n "${ETCD_ENDPOINTS:-}" ]; then
+        METADATA=etcd://$ETCD_ENDPOINTS
+        return
+    fi
+    export MOONCAKE_HPC_ETCD_USER=root MOONCAKE_HPC_ETCD_PASSWORD
+    MOONCAKE_HPC_ETCD_PASSWORD=$(head -c 18 /dev/urandom | base64 | tr '+/' '-_')
+    export FLAGS_password=$MOONCAKE_HPC_ETCD_PASSWORD  # not on a command line, where other users would see it
+    mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    count=$ETCD_MEMBERS
+    if [ "$count" = 1 ]; then
+        words=("$PY" -m mooncake_hpc etcd --listen="$(address "${SLURMD_NODENAME:-$(hostname)}")" --fromenv=password)
+    else
+        [ ${#nodes[@]} -ge "$count" ] || die "--etcd-members=$count needs $count nodes; the job has ${#nodes[@]}"
+        first=$(IFS=,; echo "${nodes[*]:0:$count}")
+        words=(srun --overlap --mem=0 --nodelist="$first" --nodes="$count" --ntasks="$count" --ntasks-per-node=1
+            --mpi=none --unbuffered bash -c 'exec "$0" -m mooncake_hpc etcd --members="$1" --member="$SLURM_PROCID" --port="$2" --fromenv=password'
+            "$PY" "$first" "$((20000 + 2 * (SLURM_JOB_ID % 5000)))")
+    fi
+    log=$(mktemp)
+    exec {ETCD}< <(exec "${words[@]}" 2>"$log")
+    CHILDREN+=($!)
+    read_endpoints "$count" || { cat "$log" >&2; rm -f "$log"; die "etcd does not start"; }
+    rm -f "$log"
+}
+
+# read_endpoints COUNT: what each member prints once it serves.
+read_endpoints() {
+    local i endpoint found=()
+    for ((i = 0; i < $1; i++)); do
+        read -r -t 120 -u "$ETCD" endpoint || return 1
+        found+=("$endpoint")
+    done
+    METADATA=etcd://$(IFS=,; echo "${found[*]}")
+}
+
+everywhere "$PY" -m mooncake_hpc warm
+start_etcd
+say "job $JOB: ${SLURM_NTASKS:-?} tasks on $SLURM_JOB_NODELIST, metadata at $METADATA, result in $RESULT"
