@@ -98,9 +98,9 @@ def run_target(config: BenchConfig, settings: Settings, output: Output, command:
         engine = stack.enter_context(_engine(config, metadata, settings))
         target = Target(engine, config)
         sizes = ", ".join(str(buffer.size) for buffer in target.buffers)
-        output.say(f"target {engine.name} is ready with buffers of {sizes} bytes; the initiator's command:")
-        output.say(initiator_command(config, engine.name, metadata, settings, command))
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt):  # from the first word on: who reads it may end us at once
+            output.say(f"target {engine.name} is ready with buffers of {sizes} bytes; the initiator's command:")
+            output.say(initiator_command(config, engine.name, metadata, settings, command))
             while True:
                 target.tick()
                 time.sleep(CPU_INTERVAL)
