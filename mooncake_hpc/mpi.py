@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import subprocess
 import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from mooncake_hpc.errors import ConfigError, MooncakeError
 
 T = TypeVar("T")
 FIRST_PORT = 12345  # default segment names under a launcher are <host>:<FIRST_PORT + rank>
+ARRIVAL = 1  # tag of the messages by which ranks arrive at rank 0
 POLL = (0.0002, 0.02)  # seconds between two tests of an MPI request: at first, and at most
 
 
@@ -118,31 +120,124 @@ def shared_address(hosts: list[Host], bind_address: str = "") -> str:
     return votes.most_common(1)[0][0]
 
 
-class World:
-    """MPI_COMM_WORLD. Every collective call has a deadline in seconds and raises TimeoutError, never hangs."""
+def _patience(rank: int) -> float:
+    """Seconds that a rank waits longer than rank 0, which knows who is missing, and whose end ends the others."""
+    return 2.5 * min(rank, 2)
 
-    def __init__(self, launch: Launch) -> None:
-        """Initialise MPI. ConfigError when the MPI library does not belong to the launcher."""
-        try:
-            from mpi4py import MPI
-        except ImportError as error:
-            raise ConfigError(f"started by {launch.launcher}, but mpi4py is missing or has no MPI: {error}") from None
-        except RuntimeError as error:
-            raise ConfigError(f"started by {launch.launcher}, but no MPI library can be loaded: {error}") from error
-        self._mpi, self._comm = MPI, MPI.COMM_WORLD
-        self.rank, self.size = self._comm.Get_rank(), self._comm.Get_size()
-        if launch.size and self.size != launch.size:
+
+def _import_mpi(launch: Launch) -> Any:
+    """mpi4py's MPI, initialised; ConfigError where there is none."""
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise ConfigError(f"started by {launch.launcher}, but mpi4py is missing or has no MPI: {error}") from None
+    except RuntimeError as error:
+        raise ConfigError(f"started by {launch.launcher}, but no MPI library can be loaded: {error}") from error
+    return MPI
+
+
+@contextlib.contextmanager
+def _watch_init(launch: Launch, seconds: float) -> Iterator[None]:
+    """End this process with a message where MPI_Init does not come back, as it waits for ranks without a deadline.
+
+    Another process watches: MPI_Init holds the interpreter's lock, so that no thread of ours could.
+    """
+    if "mpi4py.MPI" in sys.modules:  # initialised by the host program, or about to be
+        yield
+        return
+    message = (
+        f"rank {launch.rank} on {socket.gethostname()}: MPI_Init has waited {seconds:.0f} s for the other ranks: "
+        "one of them did not start, or hangs before it gets there"
+    )
+    script = 'read -t "$1" -r _; [ $? -le 128 ] || { echo "$2" >&2; kill -KILL "$3"; }'
+    command = ["bash", "-c", script, "watch", str(seconds + _patience(launch.rank)), message, str(os.getpid())]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as watcher:
+        yield
+        watcher.communicate()  # it reads the end of file, and leaves
+
+
+class World:
+    """The ranks of a job. Every collective call has a deadline in seconds and raises TimeoutError, never hangs.
+
+    Ranks arrive at rank 0 one by one instead of in MPI_Barrier, so that it can say who is missing. The traffic has a
+    communicator of its own and never meets the host program's.
+    """
+
+    def __init__(self, launch: Launch, comm: Any = None, *, settle: float = 60.0) -> None:
+        """All ranks of `comm`, an MPI.Intracomm of a program that has initialised MPI; else COMM_WORLD.
+
+        MPI is initialised only where it is not yet, and never finalised by us. Where other ranks do not reach
+        MPI_Init within `settle` seconds this process ends with a message, as MPI_Init knows no deadline. Raises
+        ConfigError when the MPI library does not belong to the launcher or this thread may not call MPI.
+        """
+        with _watch_init(launch, settle):
+            self._mpi = MPI = _import_mpi(launch)
+        whole = comm is None
+        comm = MPI.COMM_WORLD if whole else comm
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        if whole and launch.size and self.size != launch.size:
             library = MPI.Get_library_version().splitlines()[0].strip("\0 ")
             raise ConfigError(
                 f"{launch.launcher} started {launch.size} processes, but to mpi4py's MPI library ({library}) the job "
                 f"has size {self.size}: the launcher and the library do not match. Use the mpirun of that library, "
                 f"or install the library of this launcher (`python -m mpi4py --mpi-library` shows it)"
             )
+        if MPI.Query_thread() < MPI.THREAD_SERIALIZED and not MPI.Is_thread_main():
+            raise ConfigError("MPI was initialised for calls by its main thread alone, and this is another thread")
         self.host = Host.here()
+        self._hosts: dict[int, str] = {0: self.host.name}  # on rank 0: of ranks that have arrived once
+        self._barriers = 0
+        self._abort = comm.Abort
+        self._comm, duplicated = comm.Idup()  # completes in the first barrier
+        # of the barrier under way; kept when it fails, as MPI still uses their buffers
+        self._requests, self._word = [duplicated], bytearray(1)
+
+    @property
+    def _patience(self) -> float:
+        return _patience(self.rank)
 
     def barrier(self, timeout: float, what: str) -> None:
-        """Wait for all ranks. TimeoutError says `what` was waited for."""
-        self._wait(self._comm.Ibarrier(), timeout, what)
+        """Wait for all ranks. TimeoutError says `what` was waited for, and who is missing."""
+        deadline = time.monotonic() + timeout + self._patience
+        self._barriers += 1
+        self._wait(lambda: self._mpi.Request.Testall(self._requests), deadline, timeout, what)
+        if self.rank == 0:
+            self._collect(deadline, timeout, what)
+        else:
+            self._requests.append(self._comm.isend((self._barriers, self.host.name), dest=0, tag=ARRIVAL))
+        # a broadcast's receivers leave when rank 0 has entered it
+        self._requests.append(self._comm.Ibcast(self._word, root=0))
+        self._wait(lambda: self._mpi.Request.Testall(self._requests), deadline, timeout, what)
+        self._requests.clear()
+
+    def _collect(self, deadline: float, timeout: float, what: str) -> None:
+        """On rank 0: the arrivals of all others at this barrier."""
+        missing = set(range(1, self.size))
+
+        def all_are_here() -> bool:
+            while missing and self._comm.iprobe(tag=ARRIVAL):
+                status = self._mpi.Status()
+                number, host = self._comm.recv(tag=ARRIVAL, status=status)
+                self._hosts[status.Get_source()] = host
+                if number == self._barriers:
+                    missing.discard(status.Get_source())
+            return not missing
+
+        try:
+            self._wait(all_are_here, deadline, timeout, what)
+        except TimeoutError:
+            raise TimeoutError(
+                f"{self._names(missing)} did not come within {timeout:.0f} s to: {what} (the other "
+                f"{self.size - len(missing)} of {self.size} ranks did)"
+            ) from None
+
+    def _names(self, ranks: set[int]) -> str:
+        """`rank 3 on h1, rank 4 (never heard of)`, at most eight of them."""
+        shown = [
+            f"rank {rank} on {self._hosts[rank]}" if rank in self._hosts else f"rank {rank} (never heard of)"
+            for rank in sorted(ranks)[:8]
+        ]
+        return ", ".join(shown) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
     def gather(self, value: T, timeout: float, what: str) -> list[T]:
         """Every rank's value, by rank, on rank 0; an empty list on the others."""
@@ -161,9 +256,9 @@ class World:
         result: T = self._comm.bcast(value, root=0)
         return result
 
-    def _wait(self, request: Any, timeout: float, what: str) -> None:
-        deadline, pause = time.monotonic() + timeout, POLL[0]
-        while not request.Test():
+    def _wait(self, done: Callable[[], bool], deadline: float, timeout: float, what: str) -> None:
+        pause = POLL[0]
+        while not done():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"rank {self.rank} waited {timeout:.0f} s for all {self.size} ranks: {what}")
             time.sleep(pause)
@@ -173,7 +268,7 @@ class World:
         """End all ranks of the job at once with a non-zero exit code; does not return."""
         sys.stdout.flush()
         sys.stderr.flush()
-        self._comm.Abort(code)
+        self._abort(code)
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:

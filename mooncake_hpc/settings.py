@@ -32,6 +32,7 @@ class Settings:
     transfer_timeout: float = 30.0  # MC_TRANSFER_TIMEOUT: default deadline of read() and write()
     lease_ttl: float = 10.0  # MOONCAKE_HPC_LEASE_TTL: a dead process's keys vanish after this
     metadata_timeout: float = 5.0  # MOONCAKE_HPC_METADATA_TIMEOUT: deadline of one metadata operation
+    settle_timeout: float = 60.0  # MOONCAKE_HPC_SETTLE: ranks of a job may differ that much in starting
     etcd_user: str = ""  # MOONCAKE_HPC_ETCD_USER
     etcd_password: str = ""  # MOONCAKE_HPC_ETCD_PASSWORD
     etcd_ca: str = ""  # MOONCAKE_HPC_ETCD_CA: PEM file; switches TLS on
@@ -60,6 +61,7 @@ class Settings:
             transfer_timeout=max(5.0, read.seconds("MC_TRANSFER_TIMEOUT", 30.0)),
             lease_ttl=max(1.0, read.seconds("MOONCAKE_HPC_LEASE_TTL", 10.0)),
             metadata_timeout=read.seconds("MOONCAKE_HPC_METADATA_TIMEOUT", 5.0),
+            settle_timeout=read.seconds("MOONCAKE_HPC_SETTLE", 60.0),
             etcd_user=read.text("MOONCAKE_HPC_ETCD_USER"),
             etcd_password=read.text("MOONCAKE_HPC_ETCD_PASSWORD"),
             etcd_ca=read.text("MOONCAKE_HPC_ETCD_CA"),

@@ -23,7 +23,7 @@ from mooncake_hpc.bench.report import (
     write_json,
 )
 from mooncake_hpc.bench.runner import WALL_EXTRA, WALL_FACTOR
-from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.errors import ConfigError, MooncakeError
 from mooncake_hpc.mpi import Launch, World, default_name, shared_address
 from mooncake_hpc.settings import Settings
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from mooncake_hpc.workers.pool import WorkerPool
 
 EMBEDDED = "embedded"
-SETTLE = 60.0  # seconds that ranks may differ in starting up: interpreters, file systems, kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +152,7 @@ class _End:
 
 def run_ranks(config: BenchConfig, settings: Settings, launch: Launch, world: World, output: Output) -> int:
     """One rank's part of the job; rank 0 reports. The exit code of this rank."""
-    wait = config.timeout + SETTLE
+    wait = config.timeout + settings.settle_timeout
     with ExitStack() as stack:
         metadata, settings = _shared_metadata(config, settings, world, stack, wait)
         config = replace(config, mode="by rank", local_server_name=config.local_server_name or default_name(launch))
@@ -188,8 +187,10 @@ def _measure(config: BenchConfig, engine: TransferEngine, world: World, output: 
         result = initiator.run(pool) if initiator else None
     if result:
         result.rank = world.rank
-    longest = WALL_FACTOR * config.duration + WALL_EXTRA + 3 * config.batch_timeout + wait
-    world.barrier(longest, "initiators run")
+        if result.measured.failure:  # ends the job: a sum over the others would look complete
+            raise MooncakeError(f"{engine.name}: {result.measured.failure}")
+    run = WALL_FACTOR * config.duration + WALL_EXTRA if config.verify else config.duration
+    world.barrier(run + config.batch_timeout + wait, "initiators run")
     target_cpu = None if initiator or config.verify else time.process_time() - cpu
     return world.gather(_End(result, target_cpu), wait, "results")
 

@@ -177,7 +177,7 @@ def _run(flags: Parsed, config: BenchConfig, settings: Settings, launch: Launch 
         raise ConfigError(f"--json={path}: the folder {Path(path).absolute().parent} cannot be written")
     output = job.Output(lambda line: print(line, flush=True), _units(flags), path)
     if launch is not None:
-        world = World(launch)
+        world = World(launch, settle=settings.settle_timeout)
         with world.guarded():
             return job.run_ranks(config, settings, launch, world, output)
     if config.mode == "target":
