@@ -18,6 +18,7 @@ commands:
   bench    transfer_engine_bench: measure reads and writes of a target's memory
   etcd     an embedded etcd in the foreground, for trials
   launch   ranks by mpirun or srun: mooncake-hpc launch --ranks=4 -- bench …
+  topology this machine's RDMA devices, and which of them serve which memory
   warm     compile all kernels on this host, before a job's ranks start
 
 `mooncake-hpc COMMAND --help` shows the command's flags.
@@ -42,13 +43,19 @@ def _launch() -> Callable[[Sequence[str], Sequence[str]], int]:
     return main
 
 
+def _topology() -> Callable[[Sequence[str], Sequence[str]], int]:
+    from mooncake_hpc.cli.topology import main
+
+    return main
+
+
 def _warm() -> Callable[[Sequence[str], Sequence[str]], int]:
     from mooncake_hpc.cli.warm import main
 
     return main
 
 
-COMMANDS = {"bench": _bench, "etcd": _etcd, "launch": _launch, "warm": _warm}
+COMMANDS = {"bench": _bench, "etcd": _etcd, "launch": _launch, "topology": _topology, "warm": _warm}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

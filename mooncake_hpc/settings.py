@@ -4,12 +4,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mooncake_hpc.errors import ConfigError
 
 TRUE, FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off", ""}
 EPHEMERAL = range(32768, 61000)  # Linux' default ip_local_port_range: the original refuses it for RPC ports
+
+
+@dataclass(frozen=True, slots=True)
+class RdmaSettings:
+    """What the environment says about RDMA. Sizes in bytes, times in seconds."""
+
+    gid_index: int | None = None  # MC_GID_INDEX, else NCCL_IB_GID_INDEX; None: the best one of the port
+    gid_retries: int = 2  # MC_AUTO_GID_MAX_RETRIES: other GIDs to try where the chosen one does not connect
+    port: int = 1  # MC_IB_PORT
+    mtu: int = 4096  # MC_MTU: at most this path MTU
+    traffic_class: int = 0  # MC_IB_TC
+    service_level: int = 0  # MC_IB_SL
+    pkey_index: int = 0  # MC_PKEY_INDEX
+    relaxed_ordering: bool = True  # MC_IB_PCI_RELAXED_ORDERING
+    queue_pairs: int = 2  # MC_NUM_QP_PER_EP: queue pairs an endpoint
+    max_wr: int = 256  # MC_MAX_WR: work requests in flight a queue pair
+    max_cqe: int = 4096  # MC_MAX_CQE_PER_CTX
+    max_endpoints: int = 65536  # MC_MAX_EP_PER_CTX: endpoints a device
+    max_mr_size: int = 1 << 40  # MC_MAX_MR_SIZE: larger memory is registered in several regions
+    slice_size: int = 65536  # MC_SLICE_SIZE
+    fragment_ratio: int = 4  # MC_FRAGMENT_RATIO: a tail of slice_size/this is merged into the slice before
+    retries: int = 9  # MC_RETRY_CNT: a slice that failed so often fails its request
+    rail_pause: float = 30.0  # MC_RDMA_RAIL_PAUSE_SECONDS: a path that failed is left alone for this long
+    server_name: str = ""  # MC_RDMA_BIND_ADDRESS: another server name in NIC paths
+    filters: tuple[str, ...] = ()  # MC_TE_FILTERS: the only devices that discovery may find; empty: all
+    topology_file: str = ""  # MC_CUSTOM_TOPO_JSON: a NIC priority matrix instead of discovery
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +65,9 @@ class Settings:
     etcd_cert: str = ""  # MOONCAKE_HPC_ETCD_CERT: PEM file of the client certificate
     etcd_key: str = ""  # MOONCAKE_HPC_ETCD_KEY: PEM file of its key
     etcd_binary: str = ""  # ETCD_BIN: the etcd to embed
+    force_tcp: bool = False  # MC_FORCE_TCP: automatic choice never takes RDMA
+    force_rdma: bool = False  # MC_FORCE_HCA: automatic choice takes RDMA or fails
+    rdma: RdmaSettings = field(default_factory=RdmaSettings)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -68,6 +97,9 @@ class Settings:
             etcd_cert=read.text("MOONCAKE_HPC_ETCD_CERT"),
             etcd_key=read.text("MOONCAKE_HPC_ETCD_KEY"),
             etcd_binary=read.text("ETCD_BIN"),
+            force_tcp=read.boolean("MC_FORCE_TCP"),
+            force_rdma=read.boolean("MC_FORCE_HCA"),
+            rdma=_rdma(read),
         )
 
 
@@ -96,6 +128,9 @@ class _Reader:
             raise ConfigError(f"{name}={value} is outside {low} to {high}")
         return value
 
+    def optional(self, name: str, low: int, high: int) -> int | None:
+        return self.integer(name, low, low, high) if self.text(name) else None
+
     def port(self, name: str, default: int) -> int:
         value = self.integer(name, default, 1, 65535)
         if value in EPHEMERAL:
@@ -111,3 +146,35 @@ class _Reader:
         if not 0 < value < 1e6:
             raise ConfigError(f"{name}={value} must be above 0 and below 1e6 seconds")
         return value
+
+
+def _rdma(read: _Reader) -> RdmaSettings:
+    gid = read.optional("MC_GID_INDEX", 0, 65535)
+    return RdmaSettings(
+        gid_index=read.optional("NCCL_IB_GID_INDEX", 0, 65535) if gid is None else gid,
+        gid_retries=read.integer("MC_AUTO_GID_MAX_RETRIES", 2, 0, 64),
+        port=read.integer("MC_IB_PORT", 1, 1, 255),
+        mtu=_mtu(read.integer("MC_MTU", 4096, 256, 65536)),
+        # the original's default, -1, leaves both at 0
+        traffic_class=max(0, read.integer("MC_IB_TC", 0, -1, 255)),
+        service_level=max(0, read.integer("MC_IB_SL", 0, -1, 15)),
+        pkey_index=read.integer("MC_PKEY_INDEX", 0, 0, 65535),
+        relaxed_ordering=read.text("MC_IB_PCI_RELAXED_ORDERING") != "0",
+        queue_pairs=read.integer("MC_NUM_QP_PER_EP", 2, 1, 256),
+        max_wr=read.integer("MC_MAX_WR", 256, 1, 65535),
+        max_cqe=read.integer("MC_MAX_CQE_PER_CTX", 4096, 1, 1 << 22),
+        max_endpoints=read.integer("MC_MAX_EP_PER_CTX", 65536, 1, 1 << 20),
+        max_mr_size=read.integer("MC_MAX_MR_SIZE", 1 << 40, 1 << 12, 1 << 62),
+        slice_size=read.integer("MC_SLICE_SIZE", 65536, 1 << 10, 1 << 30),
+        fragment_ratio=read.integer("MC_FRAGMENT_RATIO", 4, 1, 1 << 20),
+        retries=read.integer("MC_RETRY_CNT", 9, 0, 1000),
+        rail_pause=read.seconds("MC_RDMA_RAIL_PAUSE_SECONDS", 30.0),
+        server_name=read.text("MC_RDMA_BIND_ADDRESS"),
+        filters=tuple(name for word in read.text("MC_TE_FILTERS").split(",") if (name := word.strip())),
+        topology_file=read.text("MC_CUSTOM_TOPO_JSON"),
+    )
+
+
+def _mtu(value: int) -> int:
+    """The path MTU that verbs has at or below `value`: 256, 512, 1024, 2048 or 4096."""
+    return min(4096, 1 << (value.bit_length() - 1))
