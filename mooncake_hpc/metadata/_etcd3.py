@@ -13,7 +13,7 @@ import builtins
 import importlib.metadata
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from importlib.machinery import SourceFileLoader
@@ -28,6 +28,7 @@ T = TypeVar("T")
 VERSION = "0.12.0"
 INSTALL = "pip install 'mooncake-hpc[etcd]'"
 DESCRIPTORS = ("kv", "auth", "rpc")  # in the order of their imports
+DELETE = 1  # mvccpb.Event.EventType
 CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),  # http_proxy is for the web, not for a cluster's etcd
     ("grpc.use_local_subchannel_pool", 1),  # a new connection never inherits the back-off of a dropped one
@@ -239,10 +240,34 @@ class Connection:
             reply = self._do(timeout, lambda client: client.get_all_response())
         return {_text(item.key): _text(item.value) for item in reply.kvs}
 
+    def list_at(self, prefix: str, timeout: float) -> tuple[dict[str, str], int]:
+        """All keys under a prefix that is not empty, and the store's revision that they are of."""
+        reply = self._do(timeout, lambda client: client.get_prefix_response(prefix))
+        return {_text(item.key): _text(item.value) for item in reply.kvs}, reply.header.revision
+
+    def follow(self, prefix: str, revision: int, timeout: float) -> Changing:
+        """The changes under a prefix from `revision` on, for at most `timeout` seconds."""
+        rpc, key = self._package.etcdrpc, prefix.encode()
+        create = rpc.WatchCreateRequest(key=key, range_end=_after(key), start_revision=revision)
+        stub = rpc.WatchStub(self._client.channel)
+        try:
+            if self._access.user and self._client.metadata is None:
+                self._do(timeout, lambda _client: None)  # logs in
+            requests = iter([rpc.WatchRequest(create_request=create)])
+            return Changing(stub.Watch(requests, timeout, metadata=self._client.metadata))
+        except ValueError as error:
+            raise Failure(Kind.UNAVAILABLE, str(error)) from error
+
     def put(self, key: str, value: str, lease: int, timeout: float) -> bool:
         """Put, over whatever is there. True."""
         self._do(timeout, lambda client: client.put(key, value, lease=lease))
         return True
+
+    def put_if_absent(self, key: str, value: str, lease: int, timeout: float) -> bool:
+        """Put where the key is absent; whether it did, or an earlier try whose answer was lost."""
+        if self._do(timeout, lambda client: client.put_if_not_exists(key, value, lease=lease)):
+            return True
+        return self._if_leased(key, lease, timeout, lambda txn: txn.put(key, value, lease=lease))
 
     def put_if_ours(self, key: str, value: str, lease: int, timeout: float) -> bool:
         """Put where the key is absent or hangs on `lease` already; whether it did."""
@@ -295,6 +320,43 @@ class Connection:
     def close(self) -> None:
         """Close the channel; calls under way in other threads fail as unavailable."""
         self._client.close()
+
+
+class Changing:
+    """A stream of changes: iterate over lists of (key, value, or None where it was deleted).
+
+    Ends when the server gives the watch up (its revision was compacted away); raises Failure, at the latest when the
+    time is up.
+    """
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def __iter__(self) -> Iterator[list[tuple[str, str | None]]]:
+        import grpc
+
+        try:
+            for reply in self._call:
+                if reply.canceled:
+                    return
+                if reply.events:
+                    yield [
+                        (_text(event.kv.key), None if event.type == DELETE else _text(event.kv.value))
+                        for event in reply.events
+                    ]
+        except grpc.RpcError as error:
+            raise _failure(error) from error
+        finally:
+            self._call.cancel()
+
+    def cancel(self) -> None:
+        """End the stream; the iteration raises Failure."""
+        self._call.cancel()
+
+
+def _after(prefix: bytes) -> bytes:
+    """The first key behind all that start with `prefix`, which ends in no 0xff byte."""
+    return prefix[:-1] + bytes([prefix[-1] + 1])
 
 
 def _text(value: bytes) -> str:

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self
 
+from mooncake_hpc.metadata.watch import OnChange, Watch
+
 
 class MetadataStore(ABC):
     """Thread-safe. Every call ends within the store's deadline (`Settings.metadata_timeout`, seconds) or
@@ -34,6 +36,17 @@ class MetadataStore(ABC):
         A key that this store does not hold yet is put over whatever is there. A new value of one that it holds
         is put only if nobody else has put the key since: else NameInUse, and the key is `lost`. MetadataError
         when the store refuses it: for a value above its size limit the text says both sizes.
+        """
+
+    @abstractmethod
+    def create(self, key: str, value: str) -> bool:
+        """As `publish` where the key is absent, in one step; False, with nothing done, where it is there."""
+
+    @abstractmethod
+    def watch(self, prefix: str, on_change: OnChange) -> Watch:
+        """Have `on_change` called with the keys under `prefix` and with each later change, see `metadata.watch`.
+
+        The caller closes the watch, before the store. Returns at once: a store that is away is waited for.
         """
 
     @abstractmethod

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from mooncake_hpc.errors import ConfigError, MetadataError, MetadataUnavailable, MooncakeError, NameInUse
-from mooncake_hpc.metadata._etcd3 import Access, Connection, Failure, Kind
+from mooncake_hpc.metadata._etcd3 import Access, Changing, Connection, Failure, Kind
 from mooncake_hpc.metadata.base import MetadataStore
+from mooncake_hpc.metadata.watch import OnChange, Watch
 from mooncake_hpc.settings import Settings
 
 T = TypeVar("T")
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 REQUEST_LIMIT = 3 << 19  # bytes: etcd's --max-request-bytes where nobody has set it
 FIRST_PAUSE, LAST_PAUSE = 0.02, 0.5  # seconds between two rounds over all endpoints
 SHORTEST_ATTEMPT = 0.05  # seconds
+WATCH_TIME = 10.0  # seconds until a watch looks at everything again: a cut cable tells nobody that it is cut
 MAX_LOGINS = 2  # within one call; a token is good for minutes
 
 
@@ -72,11 +74,25 @@ class EtcdStore(MetadataStore):
             if not kept:
                 self._give_up(key)
                 raise NameInUse(f"{key} at etcd {self.spec} now belongs to another process: it is left alone")
-            self._published[key] = value
-            self._lost -= {key}
-            if self._keeper is None:
-                self._keeper = threading.Thread(target=self._keep, name="mooncake-etcd-lease", daemon=True)
-                self._keeper.start()
+            self._hold(key, value)
+
+    def create(self, key: str, value: str) -> bool:
+        self._check_usable()
+        deadline = self._deadline()
+        with self._write(deadline):
+            if key in self._published:
+                return False
+            try:
+                created = self._put_by(Connection.put_if_absent, key, value, deadline)
+            except Failure as error:
+                raise self._refusal(key, value, error) from error
+            if created:
+                self._hold(key, value)
+            return created
+
+    def watch(self, prefix: str, on_change: OnChange) -> Watch:
+        self._check_usable()
+        return _EtcdWatch(self, prefix, on_change)
 
     def withdraw(self, key: str) -> None:
         self._check_usable()
@@ -109,6 +125,16 @@ class EtcdStore(MetadataStore):
             if self._connection is not None:
                 self._connection.close()
                 self._connection = None
+
+    # Watching
+
+    def list_at(self, prefix: str) -> tuple[dict[str, str], int]:
+        """All keys under the prefix, and the revision that they are of, for a watch."""
+        return self._call(lambda etcd, timeout: etcd.list_at(prefix, timeout), self._deadline())
+
+    def follow(self, prefix: str, revision: int) -> Changing:
+        """Changes from a revision on. Raises Failure."""
+        return self._connected().follow(prefix, revision, WATCH_TIME)
 
     # One call: fail-over, log-in, deadline
 
@@ -190,9 +216,22 @@ class EtcdStore(MetadataStore):
         finally:
             self._writing.release()
 
+    def _hold(self, key: str, value: str) -> None:
+        """Keep alive what was put."""
+        self._published[key] = value
+        self._lost -= {key}
+        if self._keeper is None:
+            self._keeper = threading.Thread(target=self._keep, name="mooncake-etcd-lease", daemon=True)
+            self._keeper.start()
+
     def _put(self, key: str, value: str, deadline: float) -> bool:
         """A new key over whatever is there; one that we hold already only while it is ours still."""
         put = Connection.put_if_ours if key in self._published else Connection.put
+        return self._put_by(put, key, value, deadline)
+
+    def _put_by(
+        self, put: Callable[[Connection, str, str, int, float], bool], key: str, value: str, deadline: float
+    ) -> bool:
         if not self._lease:
             self._new_lease(deadline)
         try:
@@ -253,6 +292,35 @@ class EtcdStore(MetadataStore):
             for key in self._published.keys() - hanging:
                 if not self._put(key, self._published[key], deadline):
                     self._give_up(key)
+
+
+class _EtcdWatch(Watch):
+    def __init__(self, store: EtcdStore, prefix: str, on_change: OnChange) -> None:
+        super().__init__(prefix, on_change)
+        self._store = store
+        self._stream: Changing | None = None
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            try:
+                present, revision = self._store.list_at(self.prefix)
+                self._list(present)
+                self._stream = self._store.follow(self.prefix, revision + 1)
+                if self._closing.is_set():
+                    self._interrupt()
+                for changes in self._stream:
+                    self._change(dict(changes))
+            except (MooncakeError, Failure) as error:
+                if not self._closing.is_set():
+                    log.debug(
+                        "etcd %s: watch of %r goes on with a new stream: %s", self._store.spec, self.prefix, error
+                    )
+                self._closing.wait(FIRST_PAUSE)
+
+    def _interrupt(self) -> None:
+        if self._stream is not None:
+            self._stream.cancel()
 
 
 def _access(settings: Settings) -> Access:

@@ -7,14 +7,26 @@ from weakref import WeakValueDictionary
 
 from mooncake_hpc.errors import MetadataError, NameInUse
 from mooncake_hpc.metadata.base import MetadataStore
+from mooncake_hpc.metadata.watch import OnChange, Watch
 
 
 class _Space:
     """What all stores of one name share: each key's value, and the store that put it."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.Condition()  # notified of every change
         self.entries: dict[str, tuple[str, MemoryStore]] = {}
+
+    def put(self, key: str, value: str, owner: MemoryStore) -> None:
+        self.entries[key] = (value, owner)
+        self.lock.notify_all()
+
+    def remove(self, key: str) -> None:
+        del self.entries[key]
+        self.lock.notify_all()
+
+    def select(self, prefix: str) -> dict[str, str]:
+        return {key: value for key, (value, _) in self.entries.items() if key.startswith(prefix)}
 
 
 _spaces: WeakValueDictionary[str, _Space] = WeakValueDictionary()
@@ -41,8 +53,7 @@ class MemoryStore(MetadataStore):
     def list(self, prefix: str) -> dict[str, str]:
         self._check_open()
         with self._space.lock:
-            entries = self._space.entries.items()
-            return {key: value for key, (value, _) in entries if key.startswith(prefix)}
+            return self._space.select(prefix)
 
     def publish(self, key: str, value: str) -> None:
         self._check_open()
@@ -52,9 +63,23 @@ class MemoryStore(MetadataStore):
                 self._held.discard(key)
                 self._lost |= {key}
                 raise NameInUse(f"{key} at {self.spec} now belongs to another store: it is left alone")
-            self._space.entries[key] = (value, self)
+            self._space.put(key, value, self)
             self._held.add(key)
             self._lost -= {key}
+
+    def create(self, key: str, value: str) -> bool:
+        self._check_open()
+        with self._space.lock:
+            if key in self._space.entries:
+                return False
+            self._space.put(key, value, self)
+            self._held.add(key)
+            self._lost -= {key}
+            return True
+
+    def watch(self, prefix: str, on_change: OnChange) -> Watch:
+        self._check_open()
+        return _MemoryWatch(self._space, prefix, on_change)
 
     def withdraw(self, key: str) -> None:
         self._check_open()
@@ -63,7 +88,7 @@ class MemoryStore(MetadataStore):
             self._lost -= {key}
             entry = self._space.entries.get(key)
             if entry is not None and entry[1] is self:
-                del self._space.entries[key]
+                self._space.remove(key)
 
     @property
     def lost(self) -> frozenset[str]:
@@ -73,8 +98,28 @@ class MemoryStore(MetadataStore):
         self._closed = True
         with self._space.lock:
             for key in [key for key, (_, owner) in self._space.entries.items() if owner is self]:
-                del self._space.entries[key]
+                self._space.remove(key)
 
     def _check_open(self) -> None:
         if self._closed:
             raise MetadataError(f"metadata store {self.spec} is closed")
+
+
+class _MemoryWatch(Watch):
+    def __init__(self, space: _Space, prefix: str, on_change: OnChange) -> None:
+        super().__init__(prefix, on_change)
+        self._space = space
+        self._thread.start()
+
+    def _run(self) -> None:
+        seen: dict[str, str] | None = None
+        while not self._closing.is_set():
+            with self._space.lock:
+                while (present := self._space.select(self.prefix)) == seen and not self._closing.is_set():
+                    self._space.lock.wait()
+            seen = present
+            self._list(present)
+
+    def _interrupt(self) -> None:
+        with self._space.lock:
+            self._space.lock.notify_all()

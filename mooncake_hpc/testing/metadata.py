@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -118,6 +119,56 @@ class MetadataStoreConformance:
         ):
             with pytest.raises(MetadataError, match="closed"):
                 call()
+
+    def test_create_where_absent(self, opener: Open) -> None:
+        ours, other = opener(), opener()
+        assert ours.create("k", "1")
+        assert not other.create("k", "2")
+        assert not ours.create("k", "3")
+        assert other.get("k") == "1"
+        ours.publish("k", "4")  # it is held as a published one
+        assert other.get("k") == "4"
+        ours.withdraw("k")
+        assert other.create("k", "5")
+        ours.close()
+        assert other.get("k") == "5"
+
+    def test_create_by_many_at_once_has_one_winner(self, opener: Open) -> None:
+        stores = [opener() for _ in range(6)]
+        won: list[str] = []
+
+        def work(name: str, store: MetadataStore) -> None:
+            if store.create("k", name):
+                won.append(name)
+
+        threads = [threading.Thread(target=work, args=(str(i), store)) for i, store in enumerate(stores)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert [stores[0].get("k")] == won
+
+    def test_watch(self, opener: Open) -> None:
+        ours, other = opener(), opener()
+        ours.publish("w/a", "1")
+        told: queue.Queue[dict[str, str | None]] = queue.Queue()
+        with other.watch("w/", lambda changes: told.put(dict(changes))):
+            assert told.get(timeout=30) == {"w/a": "1"}
+            ours.publish("w/b", "2")
+            assert told.get(timeout=30) == {"w/b": "2"}
+            ours.publish("x", "not under w/")
+            ours.publish("w/a", "3")
+            assert told.get(timeout=30) == {"w/a": "3"}
+            ours.withdraw("w/b")
+            assert told.get(timeout=30) == {"w/b": None}
+            ours.close()
+            assert told.get(timeout=30) == {"w/a": None}
+        assert told.empty()
+
+    def test_watch_of_nothing_says_so(self, opener: Open) -> None:
+        told: queue.Queue[dict[str, str | None]] = queue.Queue()
+        with opener().watch("nothing/", lambda changes: told.put(dict(changes))):
+            assert told.get(timeout=30) == {}
 
     def test_many_threads(self, opener: Open) -> None:
         store = opener()
