@@ -44,6 +44,30 @@ class RegistrationError(MooncakeError, ValueError):
     """Memory that cannot be registered, or that is not registered."""
 
 
+class P2PError(MooncakeError):
+    """The P2P Store refused or failed; the text names the object."""
+
+
+class ObjectNotFound(P2PError, LookupError):
+    """Nobody holds an object of this name, or shards that nobody holds any more are missing."""
+
+
+class ObjectExists(P2PError):
+    """Somebody else has registered another object under this name."""
+
+
+class ObjectReplaced(P2PError):
+    """The name was registered again meanwhile, and the old version's holders have left."""
+
+
+class SizeMismatch(P2PError, ValueError):
+    """The buffers given to receive an object are not of its sizes."""
+
+
+class IntegrityError(P2PError):
+    """Bytes do not match the digest in the manifest, whatever source they come from."""
+
+
 class WorkerError(MooncakeError):
     """A worker process failed and could not be replaced."""
 

@@ -1,0 +1,40 @@
+"""Digest algorithms of shards. A manifest names its algorithm, so that a site may choose a cryptographic one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from mooncake_hpc.errors import ConfigError
+
+DEFAULT = "xxh3-128"
+ALGORITHMS = (DEFAULT, "sha256", "blake2b")
+
+
+class Hasher(Protocol):
+    """As hashlib's: takes pieces in order; the GIL is released meanwhile."""
+
+    def update(self, data: Any, /) -> None: ...
+
+    def digest(self) -> bytes: ...
+
+
+def hashers(algorithm: str) -> Callable[[], Hasher]:
+    """What makes a new hasher of this algorithm. ConfigError names the known ones, or the package that is missing."""
+    if algorithm == DEFAULT:
+        try:
+            from xxhash import xxh3_128
+        except ImportError as error:
+            raise ConfigError(f"digests by {DEFAULT} need the package xxhash: pip install xxhash") from error
+        return xxh3_128
+    if algorithm == "sha256":
+        return hashlib.sha256
+    if algorithm == "blake2b":
+        return lambda: hashlib.blake2b(digest_size=32)
+    raise ConfigError(f"digest algorithm {algorithm!r} is none of {', '.join(ALGORITHMS)}")
+
+
+def digest_size(algorithm: str) -> int:
+    """Bytes of a digest. Raises as `hashers`."""
+    return len(hashers(algorithm)().digest())

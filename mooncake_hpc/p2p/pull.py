@@ -1,0 +1,359 @@
+"""A reader's pull of an object: the swarm's decisions carried out by one worker a source.
+
+The thread that called `run` hands shards to workers as the catalogue or the state changes; a worker that has little
+left under way takes its next shard itself. Everything is guarded by one lock; nothing slow happens under it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mooncake_hpc.errors import IntegrityError, MooncakeError, ObjectNotFound, TransferCancelled, TransferTimeout
+from mooncake_hpc.p2p.catalogue import Holder
+from mooncake_hpc.p2p.digests import hashers
+from mooncake_hpc.p2p.layout import Memory
+from mooncake_hpc.p2p.manifest import Manifest
+from mooncake_hpc.p2p.source import Job, Worker
+from mooncake_hpc.p2p.swarm import Bits, Swarm, View
+
+if TYPE_CHECKING:
+    from mooncake_hpc.engine import TransferEngine
+
+log = logging.getLogger(__name__)
+
+TICK = 0.05  # seconds between two looks when nothing happens
+BREATH = 0.002  # seconds in which changes gather before the next look
+LARGEST_RACE = 16 << 20  # bytes of a shard that is fetched a second time into memory of our own
+JOIN = 15.0  # seconds for a worker to end
+
+
+@dataclass(slots=True)
+class Progress:
+    """For progress callbacks and results. Bytes; `sources` are bytes by holder; seconds."""
+
+    size: int
+    done: int = 0
+    shards: int = 0
+    shards_done: int = 0
+    resumed: int = 0
+    sources: Counter[str] = field(default_factory=Counter)
+    transports: dict[str, str] = field(default_factory=dict)
+    wrong: Counter[str] = field(default_factory=Counter)  # shards that did not match their digest, by source
+    failures: Counter[str] = field(default_factory=Counter)
+    raced: int = 0
+    seconds: float = 0.0
+
+    @property
+    def throughput(self) -> float:
+        """Bytes a second that came from others."""
+        return (self.done - self.resumed) / self.seconds if self.seconds else 0.0
+
+
+OnProgress = Callable[[Progress], object]
+
+
+class Pull:
+    """`have` are shards that are in `memory` already; `on_shard` is told of each new one, `on_claim` of one asked for.
+
+    Both must be quick.
+    """
+
+    def __init__(
+        self,
+        engine: TransferEngine,
+        manifest: Manifest,
+        memory: Memory,
+        host: str,
+        wanted: Bits,
+        have: Bits,
+        on_shard: Callable[[int], object],
+        on_claim: Callable[[], object],
+    ) -> None:
+        self._engine, self._manifest, self._memory = engine, manifest, memory
+        self._on_shard, self._on_claim = on_shard, on_claim
+        spans = np.array([manifest.span(shard) for shard in range(manifest.shards)], np.int64).reshape(-1, 2)
+        self.swarm = Swarm(engine.name, host, spans[:, 1] - spans[:, 0], wanted, have)
+        self._new_hasher = hashers(manifest.algorithm)
+        self.lock = threading.Condition()
+        self._changed = True
+        self._holders: dict[str, Holder] = {}
+        self._workers: dict[str, Worker] = {}
+        self._old: list[Worker] = []
+        self._jobs: dict[int, list[Job]] = {}
+        self._ending = False
+        self._scratch: np.ndarray | None = None
+        self._errors: dict[str, MooncakeError] = {}
+        done, size = self.swarm.progress
+        self.progress = Progress(size, done, int(wanted.sum()), int((have & wanted).sum()), done)
+
+    # --- what the catalogue says ----------------------------------------------------------------------------
+
+    def see(self, holder: Holder) -> None:
+        """A record is new or has changed."""
+        if len(holder.have) != self._manifest.shards or len(holder.bases) != len(self._manifest.sizes):
+            log.warning("record of %s does not fit the manifest: ignored", holder.segment)
+            return
+        with self.lock:
+            before = self._holders.get(holder.segment)
+            self._holders[holder.segment] = holder
+            if before is not None and (before.generation, before.bases) != (holder.generation, holder.bases):
+                self._retire(holder.segment)
+            self.swarm.see(View(holder.segment, holder.host, holder.have, holder.fetching))
+            self._wake()
+
+    def forget(self, segment: str) -> None:
+        """A record is gone."""
+        with self.lock:
+            self._holders.pop(segment, None)
+            self._retire(segment)
+            self.swarm.forget(segment)
+            self._wake()
+
+    @property
+    def holders(self) -> int:
+        """Records known, without our own."""
+        return len(self._holders)
+
+    def _retire(self, segment: str) -> None:
+        if (worker := self._workers.pop(segment, None)) is not None:
+            worker.stop()
+            self._old.append(worker)
+
+    def _wake(self) -> None:
+        self._changed = True
+        self.lock.notify_all()
+
+    # --- the caller's thread --------------------------------------------------------------------------------
+
+    def run(
+        self,
+        deadline: float | None,
+        cancel: threading.Event | None,
+        progress: OnProgress | None,
+        lost_after: float,
+    ) -> None:
+        """Until everything wanted is here. `lost_after`: seconds for which a shard that nobody holds is waited for.
+
+        Raises TransferTimeout at `deadline` (time.monotonic), TransferCancelled, IntegrityError, ObjectNotFound; on
+        every way out nothing touches the memory any more.
+        """
+        started, told, hopeless_since = time.monotonic(), 0.0, None
+        try:
+            while True:
+                with self.lock:
+                    if not self._changed:
+                        self.lock.wait(TICK)
+                    self._changed = False
+                    self._hand_out(time.monotonic())
+                    done, hopeless = self.swarm.done, self._hopeless()
+                    self.progress.seconds = time.monotonic() - started
+                if progress is not None and (done or time.monotonic() - told > TICK):
+                    told = time.monotonic()
+                    progress(self.progress)
+                if done:
+                    return
+                if cancel is not None and cancel.is_set():
+                    raise TransferCancelled(f"{self._what()} was cancelled")
+                if deadline is not None and time.monotonic() > deadline:
+                    raise TransferTimeout(f"{self._what()} is not done at its deadline{self._causes()}")
+                hopeless_since = (hopeless_since or time.monotonic()) if hopeless is not None else None
+                if hopeless is not None and hopeless_since is not None:
+                    self._check_hope(hopeless, time.monotonic() - hopeless_since, lost_after)
+                time.sleep(BREATH)
+        finally:
+            self.progress.seconds = time.monotonic() - started
+            self._end()
+
+    def _what(self) -> str:
+        manifest, progress = self._manifest, self.progress
+        return (
+            f"object {manifest.name!r} (version {manifest.version}): {progress.shards_done} of {progress.shards} shards,"
+            f" {progress.done} of {progress.size} bytes; the pull"
+        )
+
+    def _causes(self) -> str:
+        texts = [f"{name}: {error}" for name, error in self._errors.items()]
+        return f" ({len(self._holders)} holders known" + "".join(f"; {text}" for text in texts[:3]) + ")"
+
+    def _hand_out(self, now: float) -> None:
+        swarm = self.swarm
+        for name in sorted(swarm.sources, key=swarm.load):
+            source = swarm.sources[name]
+            if source.begun or name not in self._holders:
+                continue  # its worker asks by itself
+            job = self._begin(name, now)
+            if job is not None:
+                self._worker(name).give(job)
+
+    def _worker(self, name: str) -> Worker:
+        worker = self._workers.get(name)
+        if worker is None:
+            worker = self._workers[name] = Worker(self._engine, self._holders[name], self._manifest.sizes, self)
+        return worker
+
+    def _begin(self, name: str, now: float) -> Job | None:
+        shard = self.swarm.choose(name, now)
+        if shard is None:
+            return None
+        begin, end = self._manifest.span(shard)
+        target = self._memory
+        if self.swarm.under_way[shard]:
+            if (scratch := self._race_memory(begin, end)) is None:
+                return None
+            target = scratch
+            self.progress.raced += 1
+        job = Job(shard, begin, end, target, self._new_hasher())
+        self.swarm.begin(name, shard, now)
+        self._jobs.setdefault(shard, []).append(job)
+        self._on_claim()
+        return job
+
+    def _race_memory(self, begin: int, end: int) -> Memory | None:
+        """Where a shard goes that another source is writing to its place; None: no room."""
+        racing = any(job.target is not self._memory for jobs in self._jobs.values() for job in jobs)
+        if racing or end - begin > LARGEST_RACE:
+            return None
+        if self._scratch is None:
+            self._scratch = self._engine.allocate(min(LARGEST_RACE, self._manifest.shard_size), remote_accessible=False)
+        return Memory([self._scratch[: end - begin]], begin)
+
+    def _hopeless(self) -> int | None:
+        """A missing shard that no source can give and that is not under way; None where there is none."""
+        swarm = self.swarm
+        possible = swarm.under_way > 0
+        for source in swarm.sources.values():
+            offered = source.view.have.copy()
+            offered[list(source.refused)] = False
+            possible |= offered
+            for shards in source.view.fetching.values():
+                possible[list(shards)] = True
+        missing = np.flatnonzero(swarm.wanted & ~swarm.have & ~possible)
+        return int(missing[0]) if len(missing) else None
+
+    def _check_hope(self, shard: int, seconds: float, lost_after: float) -> None:
+        refused = [name for name, source in self.swarm.sources.items() if shard in source.refused]
+        if refused and seconds > min(1.0, lost_after):
+            raise IntegrityError(
+                f"{self._what()} fails: shard {shard} of every source ({', '.join(refused)}) does not match its "
+                f"{self._manifest.algorithm} digest"
+            )
+        if seconds > lost_after:
+            raise ObjectNotFound(
+                f"{self._what()} fails: nobody holds shard {shard} any more; waited {seconds:.1f} s for it{self._causes()}"
+            )
+
+    def _end(self) -> None:
+        with self.lock:
+            self._ending = True
+            workers = [*self._workers.values(), *self._old]
+            self._workers.clear()
+        for worker in workers:
+            worker.stop()
+        for worker in workers:
+            while not worker.join(JOIN):
+                log.warning("%s: a transfer does not end", worker.holder.segment)
+        if self._scratch is not None:
+            self._engine.unregister(self._scratch)
+
+    # --- the workers' threads -------------------------------------------------------------------------------
+
+    def next_job(self, source: str) -> Job | None:
+        with self.lock:
+            return None if self._ending else self._begin(source, time.monotonic())
+
+    def window(self, source: str) -> int:
+        known = self.swarm.sources.get(source)
+        return known.ahead if known is not None else 0
+
+    def arrived(self, source: str, nbytes: int, rate: float) -> None:
+        with self.lock:
+            self.swarm.received(source, nbytes, rate, time.monotonic())
+
+    def complete(self, source: str, job: Job) -> None:
+        if job.hasher.digest() != self._manifest.digest(job.shard):
+            self._refuse(source, job)
+            return
+        if job.target is not self._memory and not self._win(job):
+            self.dropped(source, job)
+            return
+        with self.lock:
+            news = self.swarm.verified(source, job.shard)
+            self._forget(job)
+            for other in self._jobs.get(job.shard, ()):
+                other.abandoned = True
+            if news:
+                self._count(source, job)
+            self._wake()
+        if news:
+            self._on_shard(job.shard)
+
+    def _count(self, source: str, job: Job) -> None:
+        self.progress.done += job.end - job.begin
+        self.progress.shards_done += 1
+        self.progress.sources[source] += job.end - job.begin
+        if worker := self._workers.get(source):
+            self.progress.transports[source] = worker.transport
+
+    def _win(self, job: Job) -> bool:
+        """Put a raced shard into its place, once the slower source is kept from it. False: the other was faster."""
+        with self.lock:
+            others = [other for other in self._jobs.get(job.shard, ()) if other is not job]
+            for other in others:
+                other.abandoned = True
+        for other in others:
+            if not other.ended.wait(JOIN):
+                return False
+        with self.lock:
+            if self.swarm.have[job.shard]:
+                return False
+        for ours, theirs in zip(self._memory.views(job.begin, job.end), self._pieces_like(job), strict=True):
+            ours[:] = theirs
+        return True
+
+    def _pieces_like(self, job: Job) -> list[np.ndarray]:
+        """The raced shard's bytes, cut as the object's buffers are."""
+        (whole,) = job.target.views(job.begin, job.end)
+        lengths = [view.nbytes for view in self._memory.views(job.begin, job.end)]
+        return np.split(whole, np.cumsum(lengths)[:-1])
+
+    def _refuse(self, source: str, job: Job) -> None:
+        log.warning(
+            "object %r: shard %d from %s does not match its digest: not asked for it again",
+            self._manifest.name, job.shard, source,
+        )  # fmt: skip
+        with self.lock:
+            self.swarm.wrong(source, job.shard)
+            self._forget(job)
+            self.progress.wrong[source] += 1
+            self._wake()
+
+    def dropped(self, source: str, job: Job) -> None:
+        with self.lock:
+            self.swarm.given_up(source, job.shard, job.end - job.hashed)
+            self._forget(job)
+            self._wake()
+
+    def failed(self, source: str, jobs: list[Job], error: MooncakeError) -> None:
+        log.info("object %r: %s: %s", self._manifest.name, source, error)
+        with self.lock:
+            left = sum(job.end - job.hashed for job in jobs)
+            self.swarm.failed(source, [job.shard for job in jobs], left, time.monotonic())
+            for job in jobs:
+                self._forget(job)
+            self.progress.failures[source] += 1
+            self._errors[source] = error
+            self._wake()
+
+    def _forget(self, job: Job) -> None:
+        jobs = self._jobs[job.shard]
+        jobs.remove(job)
+        if not jobs:
+            del self._jobs[job.shard]

@@ -1,0 +1,310 @@
+"""Which shard from whom: the policy of one reader. No sockets, no clock, no threads: callers bring the time and a lock.
+
+Every reader decides for itself, from what the catalogue says of the others: what they hold, and what they are fetching
+from whom. The rules:
+
+1. *A host pulls a shard over the wire once.* What a process of this host holds is copied from it. What none holds is
+   pulled by the one process whose turn it is.
+2. *What only one holder has leaves it once.* Of the readers one has the turn, by a hash of reader and shard that all
+   of them compute alike (rendezvous hashing), so that readers which start together share the object among themselves
+   without a word. Who has nothing else to do takes a turn that is not his.
+3. *Rarest first* among what several have.
+4. *Least loaded source*: a source that serves `SLOTS` readers already is left to them as long as another one, less
+   loaded, has something for us. The first holder is a source like any other.
+5. A source that delivered wrong bytes is not asked for that shard again; one that failed gets a rest, longer each time.
+6. *Racing*: when nothing is left to begin, a shard that comes slowly is fetched again from a better source.
+
+The bound for N readers and M shards on equal links is (S/B)(1 + floor(log2 N)/M) seconds for S bytes at B bytes a
+second: the first holder's link must carry each shard once, and the last shard then doubles its holders in each step.
+What costs most is a shard that leaves the first holder twice.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Bits = npt.NDArray[np.bool_]
+
+WIDTH = 6  # sources beyond the wire that one reader uses at a time
+SLOTS = 3  # readers that a source beyond the wire serves at a time, where there is a choice
+FIRST = 3  # readers that begin together: the others have something from these sooner than from the first holder
+REST = (0.25, 8.0)  # seconds that a source which failed is left alone: at first, and at most
+HORIZON = 0.02  # seconds of a source's rate that are asked of it in advance
+AHEAD = (256 << 10, 8 << 20)  # bytes, at least and at most, asked of a source in advance
+SLOW = 3.0  # a shard is raced when its source is so many times slower than another one
+STUCK = 1.0  # seconds without a byte after which a source counts as slow
+PATIENCE = 0.5  # seconds that a reader with nothing to do leaves to others what they are fetching
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a holder says of itself. `fetching` are the shards under way to it, by source."""
+
+    name: str
+    host: str
+    have: Bits
+    fetching: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def claims(name: str, shards: int) -> npt.NDArray[np.float32]:
+    """A reader's claim to each shard, 0 to 1: the highest one has the turn."""
+    return np.random.default_rng(zlib.crc32(name.encode("utf-8", "surrogatepass"))).random(shards, np.float32)
+
+
+@dataclass(slots=True)
+class Source:
+    """A holder as we see it, and how it has served us."""
+
+    view: View
+    local: bool
+    claim: npt.NDArray[np.float32]
+    rate: float = 0.0  # bytes a second that it gives us; 0: unknown
+    backlog: int = 0  # bytes asked of it and not yet here
+    begun: dict[int, float] = field(default_factory=dict)  # shards under way: when asked for
+    heard: float = 0.0  # when the last bytes came
+    refused: set[int] = field(default_factory=set)  # shards that it does not really have
+    failures: int = 0
+    resting_until: float = 0.0
+
+    @property
+    def ahead(self) -> int:
+        """Bytes to have under way from it."""
+        return int(min(AHEAD[1], max(AHEAD[0], self.rate * HORIZON)))
+
+
+class Swarm:
+    """One reader's pull of the shards in `wanted`, of which `have` are there. `sizes[i]` are bytes of shard i."""
+
+    def __init__(self, me: str, host: str, sizes: npt.NDArray[np.int64], wanted: Bits, have: Bits) -> None:
+        self.me, self.host = me, host
+        self.sizes, self.wanted, self.have = sizes, wanted, have.copy()
+        self.sources: dict[str, Source] = {}
+        self.under_way = np.zeros(len(sizes), np.int16)  # sources that a shard is coming from
+        self._claim = claims(me, len(sizes))
+        self._holders = np.zeros(len(sizes), np.int32)  # others that hold a shard
+        self._coming = np.zeros(len(sizes), np.int32)  # others that are fetching it
+        self._here = np.zeros(len(sizes), np.int32)  # others of this host that hold it
+        self._turns: tuple[Bits, Bits] | None = None
+        self._idle_since: float | None = None
+
+    # --- what others say ------------------------------------------------------------------------------------
+
+    def see(self, view: View) -> None:
+        """A holder's record is new or has changed."""
+        if view.name == self.me:
+            return
+        known = self.sources.get(view.name)
+        if known is None:
+            self.sources[view.name] = Source(view, view.host == self.host, claims(view.name, len(self.sizes)))
+            self._turns = None
+        else:
+            self._count(known.view, -1)
+            if known.view.have.all() != view.have.all():
+                self._turns = None
+            known.view = view
+        self._count(view, 1)
+
+    def forget(self, name: str) -> None:
+        """A holder is gone. Shards under way from it end by `failed`."""
+        source = self.sources.get(name)
+        if source is None:
+            return
+        self._turns = None
+        self._count(source.view, -1)
+        if source.begun:  # its worker still has to report
+            source.view = View(name, source.view.host, np.zeros(len(self.sizes), bool))
+        else:
+            del self.sources[name]
+
+    def _count(self, view: View, sign: int) -> None:
+        self._holders += sign * view.have
+        if view.host == self.host:
+            self._here += sign * view.have
+        for shards in view.fetching.values():
+            self._coming[list(shards)] += sign
+
+    def load(self, name: str) -> int:
+        """Other readers that fetch from this source."""
+        return sum(name in source.view.fetching for source in self.sources.values())
+
+    # --- decisions ------------------------------------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        return bool(np.all(self.have | ~self.wanted))
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Bytes verified, and bytes wanted."""
+        return int(self.sizes[self.have & self.wanted].sum()), int(self.sizes[self.wanted].sum())
+
+    def fetching(self) -> dict[str, tuple[int, ...]]:
+        """Our claims: shards under way by source."""
+        return {name: tuple(source.begun) for name, source in self.sources.items() if source.begun}
+
+    def choose(self, name: str, now: float) -> int | None:
+        """The shard to ask of this source now, or None: then it is not to be asked for the moment."""
+        source = self.sources.get(name)
+        if source is None or now < source.resting_until or source.backlog >= source.ahead:
+            return None
+        open_ = source.view.have & self.wanted & ~self.have & (self.under_way == 0)
+        if source.refused:
+            open_[list(source.refused)] = False
+        if source.local:
+            return self._rarest(open_)
+        open_ &= self._here == 0
+        if not open_.any():
+            return self._race(source, now)
+        return self._take_turn(source, open_, now)
+
+    def _take_turn(self, source: Source, open_: Bits, now: float) -> int | None:
+        load = self.load(source.view.name)
+        self._idle(now)
+        all_turns, our_turns = self._whose_turn()
+        only_there = source.view.have & (self._holders == 1) & ~self.have
+        if only_there.any():
+            free = open_ & only_there & (self._coming == 0) & our_turns
+            if (mine := free & all_turns).any():
+                return self._rarest(mine) if self._before_us() < FIRST else None
+            if free.any() and load + self._before_us() < SLOTS:
+                return int(np.argmin(np.where(free, self._rival, 2.0)))
+            if not self._waited(now):
+                return None
+        if not source.begun and self._width() >= WIDTH:
+            return None
+        common = open_ & our_turns & (self._holders > 1)
+        if common.any():
+            return None if load >= SLOTS and self._others_will_do(source, load, now) else self._rarest(common)
+        return self._rarest(open_) if self._waited(now) else None
+
+    def _before_us(self) -> int:
+        """Readers that have nothing to do as we have, and come first."""
+        if self.under_way.any() or self.have.any():
+            return 0
+        return sum(
+            not other.view.have.any() and not other.view.fetching and name < self.me
+            for name, other in self.sources.items()
+        )
+
+    def _rarest(self, open_: Bits) -> int | None:
+        shards = np.flatnonzero(open_)
+        if len(shards) == 0:
+            return None
+        return int(shards[np.argmin(self._holders[shards] + self._coming[shards] - self._claim[shards])])
+
+    def _width(self) -> int:
+        return sum(1 for other in self.sources.values() if other.begun and not other.local)
+
+    def _whose_turn(self) -> tuple[Bits, Bits]:
+        """Shards that are ours to pull first: of all readers, and of those of this host."""
+        if self._turns is None:
+            rivals = [s for s in self.sources.values() if not s.view.have.all()]
+            none = np.zeros(len(self.sizes), np.float32)
+            self._rival = np.maximum.reduce([none, *(rival.claim for rival in rivals)])
+            mates = np.maximum.reduce([none, *(rival.claim for rival in rivals if rival.local)])
+            self._turns = self._claim > self._rival, self._claim > mates
+        return self._turns
+
+    def _waited(self, now: float) -> bool:
+        """Whether we have had nothing to do for long."""
+        return self._idle(now) and now - (self._idle_since or now) >= PATIENCE
+
+    def _idle(self, now: float) -> bool:
+        """Whether nothing is under way to us."""
+        if self.under_way.any():
+            self._idle_since = None
+            return False
+        if self._idle_since is None:
+            self._idle_since = now
+        return True
+
+    def _others_will_do(self, source: Source, load: int, now: float) -> bool:
+        """Whether a less loaded source has something for us."""
+        missing = self.wanted & ~self.have & (self.under_way == 0) & (self._here == 0)
+        return any(
+            self.load(name) < load and now >= other.resting_until and (missing & other.view.have).any()
+            for name, other in self.sources.items()
+            if other is not source
+        )
+
+    def _race(self, source: Source, now: float) -> int | None:
+        """A shard to fetch from this source although another one is at it, since that one is so slow."""
+        if source.begun or (self.wanted & ~self.have & (self.under_way == 0) & (self._here == 0)).any():
+            return None
+        late = [
+            (self._time_left(other, now) / SLOW, shard)
+            for other in self.sources.values()
+            if other is not source
+            for shard in other.begun
+            if source.view.have[shard] and shard not in source.refused and self.under_way[shard] == 1
+        ]
+        if not late:
+            return None
+        left, shard = max(late)
+        return shard if left > self._time_for(source, int(self.sizes[shard])) else None
+
+    def _time_left(self, source: Source, now: float) -> float:
+        silent = now - source.heard
+        if silent > STUCK and source.backlog:
+            return float("inf")
+        return source.backlog / source.rate if source.rate else silent
+
+    def _time_for(self, source: Source, nbytes: int) -> float:
+        rates = [other.rate for other in self.sources.values() if other.rate]
+        rate = source.rate or (sum(rates) / len(rates) if rates else 0.0)
+        return (source.backlog + nbytes) / rate if rate else STUCK
+
+    # --- what happens ---------------------------------------------------------------------------------------
+
+    def begin(self, name: str, shard: int, now: float) -> None:
+        """The shard is asked of the source."""
+        source = self.sources[name]
+        if not source.backlog:
+            source.heard = now
+        source.begun[shard] = now
+        source.backlog += int(self.sizes[shard])
+        self.under_way[shard] += 1
+
+    def received(self, name: str, nbytes: int, rate: float, now: float) -> None:
+        """Some of what was asked of the source has come, at present at `rate` bytes a second."""
+        source = self.sources[name]
+        source.backlog -= nbytes
+        source.heard = now
+        source.rate = rate if not source.rate else 0.7 * source.rate + 0.3 * rate
+
+    def verified(self, name: str, shard: int) -> bool:
+        """The shard has come whole and right. Whether it was missing."""
+        source = self._ended(name, shard, 0)
+        source.failures = 0
+        news = not self.have[shard]
+        self.have[shard] = True
+        return news
+
+    def given_up(self, name: str, shard: int, left: int) -> None:
+        """The shard is not wanted from this source any more; `left` bytes of it have not come."""
+        self._ended(name, shard, left)
+
+    def wrong(self, name: str, shard: int) -> None:
+        """The source delivered bytes that do not match the digest."""
+        self._ended(name, shard, 0).refused.add(shard)
+
+    def failed(self, name: str, shards: Iterable[int], left: int, now: float) -> None:
+        """Nothing comes from the source for now; `left` bytes of these shards have not come."""
+        source = self.sources[name]
+        for shard in shards:
+            self._ended(name, shard, 0)
+        source.backlog -= left
+        source.resting_until = now + min(REST[1], REST[0] * 2**source.failures)
+        source.failures += 1
+
+    def _ended(self, name: str, shard: int, left: int) -> Source:
+        source = self.sources[name]
+        del source.begun[shard]
+        source.backlog -= left
+        self.under_way[shard] -= 1
+        return source

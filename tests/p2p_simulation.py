@@ -1,0 +1,187 @@
+"""Readers on equal links, simulated: each with a `Swarm` of its own, announcements that take their time, links shared
+fairly among flows. The unit of time is what a link takes for one shard."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mooncake_hpc.p2p.swarm import Swarm, View
+
+SHARD = 1 << 20
+
+
+@dataclass(eq=False)
+class Flow:
+    reader: int
+    source: int
+    shard: int
+    left: float = 1.0
+    rate: float = 0.0
+
+
+@dataclass
+class Simulation:
+    """`readers` nodes 1.. pull `shards` shards from node 0; `delay` units until an announcement is everywhere."""
+
+    readers: int
+    shards: int
+    delay: float = 0.5
+    settle: float = 1.0
+    seed: int = 1
+    starts: dict[int, float] = field(default_factory=dict)
+    hosts: dict[int, str] = field(default_factory=dict)
+    dies: dict[int, float] = field(default_factory=dict)
+    slow: dict[int, float] = field(default_factory=dict)  # node: share of a link's rate
+    unit: float = 0.042  # seconds of one shard at the full rate, for the policy's rates and times
+
+    def __post_init__(self) -> None:
+        sizes = np.full(self.shards, SHARD, np.int64)
+        all_, none = np.ones(self.shards, bool), np.zeros(self.shards, bool)
+        self.swarms = {
+            i: Swarm(self.name(i), self.hosts.get(i, str(i)), sizes, all_, none) for i in range(1, self.readers + 1)
+        }
+        self.views = {0: View(self.name(0), self.hosts.get(0, "0"), all_)}
+        self.flows: list[Flow] = []
+        self.now = 0.0
+        self.sent = dict.fromkeys(range(self.readers + 1), 0)
+        self.over_wire: dict[tuple[str, int], int] = {}
+        self.finished: dict[int, float] = {}
+        self.dead: set[int] = set()
+        self.started: set[int] = set()
+        self._events: list[tuple[float, int, str, int, object]] = []
+        self._order = itertools.count()
+
+    def name(self, node: int) -> str:
+        return f"{node}/{self.seed}"
+
+    def number(self, name: str) -> int:
+        return int(name.partition("/")[0])
+
+    def run(self, limit: float = 1e5) -> float:
+        """Until all have finished; when the last did."""
+        for i in self.swarms:
+            self._at(self.starts.get(i, 0.0), "start", i)
+        for i, time in self.dies.items():
+            self._at(time, "die", i)
+        expected = set(self.swarms) - set(self.dies)
+        while not expected <= self.finished.keys():
+            self._share()
+            next_flow = min((f.left / f.rate for f in self.flows if f.rate > 0), default=float("inf"))
+            next_event = self._events[0][0] - self.now if self._events else float("inf")
+            step = min(next_flow, next_event)
+            assert step < float("inf") and self.now < limit, self._stuck()
+            self.now += step
+            for flow in self.flows:
+                flow.left -= step * flow.rate
+            for flow in [f for f in self.flows if f.left <= 1e-9]:
+                if any(f is flow for f in self.flows):  # not given up meanwhile
+                    self._complete(flow)
+            while self._events and self._events[0][0] <= self.now + 1e-12:
+                _, _, kind, node, what = heapq.heappop(self._events)
+                getattr(self, "_" + kind)(node, what)
+            self._ask_all()
+        return max(self.finished.values())
+
+    def _stuck(self) -> str:
+        return f"stuck at {self.now}: {sorted(set(self.swarms) - self.finished.keys())} flows {self.flows}"
+
+    def _at(self, time: float, kind: str, node: int, what: object = None) -> None:
+        heapq.heappush(self._events, (time, next(self._order), kind, node, what))
+
+    def _start(self, node: int, _: object) -> None:
+        self.started.add(node)
+        for view in self.views.values():
+            self.swarms[node].see(view)
+        self._announce(node)
+        self._at(self.now + 1.0, "tick", node)
+
+    def _tick(self, node: int, _: object) -> None:
+        if node not in self.finished and node not in self.dead:
+            self._at(self.now + 1.0, "tick", node)
+
+    def _die(self, node: int, _: object) -> None:
+        self.dead.add(node)
+        for flow in [f for f in self.flows if node in (f.reader, f.source)]:
+            self.flows.remove(flow)
+            if flow.source == node and flow.reader not in self.dead:
+                self.swarms[flow.reader].failed(self.name(node), [flow.shard], SHARD, self.now * self.unit)
+        self._at(self.now + 200, "vanish", node)
+
+    def _vanish(self, node: int, _: object) -> None:
+        del self.views[node]
+        for swarm in self.swarms.values():
+            swarm.forget(self.name(node))
+
+    def _announce(self, node: int) -> None:
+        swarm = self.swarms[node]
+        view = View(self.name(node), swarm.host, swarm.have.copy(), swarm.fetching())
+        self._at(self.now + self.delay, "hear", node, view)
+
+    def _hear(self, node: int, view: object) -> None:
+        assert isinstance(view, View)
+        if node not in self.dead:
+            self.views[node] = view
+            for other in self.started - self.dead:
+                self.swarms[other].see(view)
+
+    def _ask_all(self) -> None:
+        for node in self.started - self.dead - self.finished.keys():
+            if self.now < self.starts.get(node, 0.0) + self.settle:
+                continue
+            swarm, changed = self.swarms[node], False
+            for name in sorted(swarm.sources, key=swarm.load):
+                while (shard := swarm.choose(name, self.now * self.unit)) is not None:
+                    swarm.begin(name, shard, self.now * self.unit)
+                    changed = True
+                    if self.number(name) in self.dead:
+                        swarm.failed(name, [shard], SHARD, self.now * self.unit)
+                        break
+                    self.flows.append(Flow(node, self.number(name), shard))
+            if changed:
+                self._announce(node)
+
+    def _complete(self, flow: Flow) -> None:
+        self.flows.remove(flow)
+        swarm, name = self.swarms[flow.reader], self.name(flow.source)
+        swarm.received(name, SHARD, flow.rate * SHARD / self.unit, self.now * self.unit)
+        swarm.verified(name, flow.shard)
+        self.sent[flow.source] += 1
+        if not swarm.sources[name].local:
+            at = swarm.host, flow.shard
+            self.over_wire[at] = self.over_wire.get(at, 0) + 1
+        for other in [f for f in self.flows if f.reader == flow.reader and f.shard == flow.shard]:
+            self.flows.remove(other)
+            swarm.given_up(self.name(other.source), other.shard, SHARD)
+        self._announce(flow.reader)
+        if swarm.done:
+            self.finished.setdefault(flow.reader, self.now)
+
+    def _share(self) -> None:
+        """Max-min fair rates; a source serves the shards of one reader one after the other."""
+        heads: dict[tuple[int, int], Flow] = {}
+        for flow in self.flows:
+            flow.rate = 0.0
+            heads.setdefault((flow.reader, flow.source), flow)
+        open_ = [f for f in heads.values() if not self.swarms[f.reader].sources[self.name(f.source)].local]
+        for flow in heads.values():
+            if flow not in open_:
+                flow.rate = 20.0
+        room: dict[tuple[str, int], float] = {}
+        for flow in open_:
+            room[("up", flow.source)] = self.slow.get(flow.source, 1.0)
+            room[("down", flow.reader)] = 1.0
+        while open_:
+            users: dict[tuple[str, int], int] = {}
+            for flow in open_:
+                for link in (("up", flow.source), ("down", flow.reader)):
+                    users[link] = users.get(link, 0) + 1
+            share, tight = min((room[link] / n, link) for link, n in users.items())
+            for flow in [f for f in open_ if tight in (("up", f.source), ("down", f.reader))]:
+                flow.rate = max(share, 1e-12)
+                open_.remove(flow)
+                for link in (("up", flow.source), ("down", flow.reader)):
+                    room[link] -= share
