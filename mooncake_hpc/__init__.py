@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mooncake_hpc.batch import Batch
     from mooncake_hpc.engine import TransferEngine
     from mooncake_hpc.metadata.embedded import EmbeddedEtcd
+    from mooncake_hpc.p2p.store import P2PStore
     from mooncake_hpc.remote import Segment
     from mooncake_hpc.request import READ, REQUEST, WRITE
     from mooncake_hpc.settings import Settings
@@ -23,6 +24,7 @@ _HOMES = {
     "Batch": "batch",
     "TransferEngine": "engine",
     "EmbeddedEtcd": "metadata.embedded",
+    "P2PStore": "p2p.store",
     "Segment": "remote",
     "Settings": "settings",
     "WorkerPool": "workers",
@@ -34,6 +36,7 @@ __all__ = [
     "WRITE",
     "Batch",
     "EmbeddedEtcd",
+    "P2PStore",
     "Segment",
     "Settings",
     "TransferEngine",

@@ -16,6 +16,7 @@ USAGE = """usage: mooncake-hpc COMMAND [--flag=value …]
 
 commands:
   bench    transfer_engine_bench: measure reads and writes of a target's memory
+  p2p      p2p-store-example: publish an object, replicate it to many; `p2p ls` lists objects
   etcd     an embedded etcd in the foreground, for trials
   launch   ranks by mpirun or srun: mooncake-hpc launch --ranks=4 -- bench …
   topology this machine's RDMA devices, and which of them serve which memory
@@ -43,6 +44,12 @@ def _launch() -> Callable[[Sequence[str], Sequence[str]], int]:
     return main
 
 
+def _p2p() -> Callable[[Sequence[str], Sequence[str]], int]:
+    from mooncake_hpc.cli.p2p import main
+
+    return main
+
+
 def _topology() -> Callable[[Sequence[str], Sequence[str]], int]:
     from mooncake_hpc.cli.topology import main
 
@@ -55,7 +62,14 @@ def _warm() -> Callable[[Sequence[str], Sequence[str]], int]:
     return main
 
 
-COMMANDS = {"bench": _bench, "etcd": _etcd, "launch": _launch, "topology": _topology, "warm": _warm}
+COMMANDS = {
+    "bench": _bench,
+    "etcd": _etcd,
+    "launch": _launch,
+    "p2p": _p2p,
+    "topology": _topology,
+    "warm": _warm,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -175,8 +175,8 @@ class Pull:
     def _what(self) -> str:
         manifest, progress = self._manifest, self.progress
         return (
-            f"object {manifest.name!r} (version {manifest.version}): {progress.shards_done} of {progress.shards} shards,"
-            f" {progress.done} of {progress.size} bytes; the pull"
+            f"object {manifest.name!r} (version {manifest.version}): {progress.shards_done} of {progress.shards} "
+            f"shards, {progress.done} of {progress.size} bytes; the pull"
         )
 
     def _causes(self) -> str:
@@ -247,7 +247,8 @@ class Pull:
             )
         if seconds > lost_after:
             raise ObjectNotFound(
-                f"{self._what()} fails: nobody holds shard {shard} any more; waited {seconds:.1f} s for it{self._causes()}"
+                f"{self._what()} fails: nobody holds shard {shard} any more; waited {seconds:.1f} s for it"
+                + self._causes()
             )
 
     def _end(self) -> None:

@@ -1,6 +1,7 @@
 """What fetches shards from one source: a thread that keeps a few pieces under way and hashes each as it arrives.
 
-A *piece* is a part of a shard that fits the cache, read by one batch. While one is hashed the next ones are on the wire.
+A *piece* is a part of a shard that fits the cache, read by one batch. While one is hashed the next ones are on the
+wire.
 """
 
 from __future__ import annotations

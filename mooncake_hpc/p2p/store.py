@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import hashlib
 import logging
@@ -142,9 +143,11 @@ class P2PStore:
         force: bool = False,
         kind: str = "",
         parts: Sequence[Part] = (),
+        owned: Sequence[Bytes] = (),
     ) -> Manifest:
         """Offer `data` under `name`: an array (or what `TransferEngine.register` takes), a list of them, or a state
         dict `{name: array or tensor}`. It must not change until `unregister`. `shard_size` in bytes; 0 chooses one.
+        `owned` is memory that `allocate` made, to be given back by `unregister`.
 
         Registering a name that this store holds makes a new version of it. One that somebody else holds is
         ObjectExists, unless the content is equal (then this store becomes one more holder) or `force`. Raises
@@ -174,6 +177,7 @@ class P2PStore:
         except BaseException:
             self._unregister_memory(held)
             raise
+        held.registered += owned
         with self._lock:
             self._held[name] = held
         if before is not None:
@@ -189,7 +193,8 @@ class P2PStore:
         if not theirs.same_content(manifest):
             raise ObjectExists(
                 f"object {manifest.name!r} is registered by somebody else, as version {theirs.version} of "
-                f"{theirs.size} bytes, and differs from ours of {manifest.size}: choose another name, or force=True to replace it"
+                f"{theirs.size} bytes, and differs from ours of {manifest.size} bytes: choose another name, or replace "
+                "it by force=True"
             )
         return theirs
 
@@ -388,6 +393,31 @@ class P2PStore:
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         """Objects whose names begin with `prefix`, with their holders. Raises MetadataError."""
         return self._catalogue.list(prefix)
+
+    def holders(self, name: str) -> builtins.list[Holder]:
+        """Records of the others that hold or pull the object which this store holds. Raises ObjectNotFound."""
+        return [*self._find(name).records.values()]
+
+    def wait_unused(self, name: str, quiet: float, timeout: float) -> bool:
+        """Wait until for `quiet` seconds nobody has been pulling the object from here; False after `timeout` seconds.
+
+        Raises ObjectNotFound.
+        """
+        held, end, since = self._find(name), time.monotonic() + timeout, time.monotonic()
+        while (now := time.monotonic()) - since < quiet:
+            if now > end:
+                return False
+            if any(self.name in holder.fetching for holder in [*held.records.values()]):
+                since = now
+            time.sleep(min(0.05, quiet))
+        return True
+
+    def _find(self, name: str) -> _Held:
+        with self._lock:
+            held = self._held.get(name)
+        if held is None:
+            raise ObjectNotFound(f"object {name!r} is not held by {self.name!r}")
+        return held
 
     def allocate(self, nbytes: int) -> Bytes:
         """Memory that peers of this host can map. It stays until the engine unregisters it, or is closed."""

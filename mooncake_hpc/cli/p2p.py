@@ -1,0 +1,152 @@
+"""The command `p2p-store-example`, also `mooncake-hpc p2p`: flags, and which of the P2P Store's jobs they mean."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import fields, replace
+
+from mooncake_hpc.cli import glog
+from mooncake_hpc.cli.gflags import Flag, FlagSet, Parsed
+from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.mpi import Launch, World, default_name, detect, shared_address
+from mooncake_hpc.p2p.digests import ALGORITHMS
+from mooncake_hpc.p2p.job import (
+    EMBEDDED,
+    SETTLE,
+    P2PConfig,
+    run_inferencer,
+    run_list,
+    run_ranks,
+    run_trainer,
+)
+from mooncake_hpc.settings import Settings
+from mooncake_hpc.transports.registry import PROTOCOLS
+
+_DEFAULTS = {f.name: f.default for f in fields(P2PConfig)}
+
+
+def _flag(name: str, text: str, unit: str = "", choices: tuple[str, ...] = ()) -> Flag:
+    """A flag that is a field of P2PConfig: its default is the field's."""
+    return Flag(name, _DEFAULTS[name], text, unit, choices)  # type: ignore[arg-type]
+
+
+FLAGS = FlagSet(
+    "p2p-store-example",
+    "A trainer publishes an object; any number of inferencers, started before or after it, pull it from the trainer "
+    "and from one another. `mooncake-hpc p2p ls` lists objects. Under mpirun or srun without --cmd, rank 0 trains and "
+    "the others pull at the same time.",
+    {
+        "Who and where": (
+            _flag("cmd", "trainer publishes and serves; inferencer pulls; ls lists.",
+                  choices=("", "trainer", "inferencer", "ls")),
+            _flag("metadata_server", "host:port of an etcd, etcd://a:1,b:2 for several endpoints of one, or embedded "
+                  "to start one (a trainer, or rank 0). No default."),
+            _flag("local_server_name", "Name of this process's segment, unique, host:port by custom. Default: the "
+                  "host's name; under a launcher <host>:<12345 + rank>."),
+        ),
+        "Object": (
+            _flag("name", "The object's name; for ls the beginning of names."),
+            _flag("file_size_mb", "Size of the simulated model.", "MiB"),
+            _flag("size", "The same in bytes; 0: file_size_mb.", "bytes"),
+            _flag("seed", "Seed of the simulated model's content."),
+            _flag("file", "Publish this file, or this folder of files, instead of a simulated model."),
+            _flag("out", "Write the object to this file or folder, moved into place once it is whole and verified; a "
+                  "pull that was stopped goes on where it was."),
+            _flag("shard_size", "Size of a shard; 0 chooses one.", "bytes"),
+            _flag("digest", "Digest of the shards.", choices=ALGORITHMS),
+            _flag("force", "Publish although somebody else's object has the name."),
+        ),
+        "Time": (
+            _flag("idle", "A trainer leaves when nobody has pulled for so long; 0: it stays until Ctrl-C.", "seconds"),
+            _flag("linger", "An inferencer stays at most so long for those that pull from it.", "seconds"),
+            _flag("wait", "An inferencer waits so long for the object to be published.", "seconds"),
+            _flag("timeout", "A pull fails after this; 0: never.", "seconds"),
+        ),
+        "Transport": (
+            _flag("protocol", "What carries the bytes; auto is shared memory where both sides share a host.",
+                  choices=PROTOCOLS),
+            Flag("device_name", "", "RDMA devices, separated by commas."),
+            Flag("nic_priority_matrix", "", "JSON file of RDMA devices by memory location."),
+        ),
+        "Ranks": (
+            _flag("alone", "Let one rank pull alone first: what efficiency is measured against."),
+            _flag("json", "File to which the result is appended as one line of JSON."),
+        ),
+        "Logging (glog's)": (*glog.FLAGS, *glog.IGNORED),
+    },
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str], command: Sequence[str] = ("p2p-store-example",)) -> int:
+    """Run the job; the exit code. Raises ConfigError and what the P2P Store raises; the caller prints."""
+    launch = detect()
+    if arguments and arguments[0] == "ls":
+        arguments = ["--cmd=ls", *arguments[1:]]
+    try:
+        flags = FLAGS.parse(arguments, os.environ)
+        if flags.wants_help or flags.wants_version:
+            return _tell(flags) if launch is None or launch.rank == 0 else 0
+        settings = Settings.from_env()
+        config = configure(flags, launch)
+    except ConfigError:
+        if launch is None or launch.rank == 0:
+            raise
+        return 2  # the same on every rank; rank 0 says why
+    glog.set_up(flags)
+    if config.cmd == "ls":
+        return run_list(config, settings, _say)
+    if config.cmd == "trainer":
+        return run_trainer(config, settings, _say)
+    if config.cmd == "inferencer":
+        return run_inferencer(config, settings, _say)
+    assert launch is not None
+    return _run_ranks(config, settings, launch)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _tell(flags: Parsed) -> int:
+    if flags.wants_help:
+        print(FLAGS.help(), end="")
+    else:
+        import mooncake_hpc
+
+        print(f"mooncake-hpc {mooncake_hpc.__version__}")
+    return 0
+
+
+def configure(flags: Parsed, launch: Launch | None) -> P2PConfig:
+    """The run that the flags mean. Raises ConfigError for what cannot be."""
+    config = P2PConfig(**{name: flags.values[name] for name in _DEFAULTS})  # type: ignore[arg-type]
+    if not config.metadata_server:
+        raise ConfigError("--metadata_server is missing: host:port of an etcd, etcd://a:1,b:2, or embedded")
+    if not config.cmd and launch is None:
+        raise ConfigError("--cmd is missing: trainer, inferencer or ls; without it, start ranks by mpirun or srun")
+    for name in ("file_size_mb", "size", "shard_size", "idle", "linger", "wait", "timeout"):
+        if getattr(config, name) < 0:
+            raise ConfigError(f"--{name}={getattr(config, name)} is below 0")
+    if config.cmd == "ls":
+        return config if "name" in flags.named else replace(config, name="")
+    return replace(config, local_server_name=config.local_server_name or default_name(launch))
+
+
+def _run_ranks(config: P2PConfig, settings: Settings, launch: Launch) -> int:
+    world = World(launch, settle=settings.settle_timeout)
+    with world.guarded(), ExitStack() as stack:
+        metadata = config.metadata_server
+        hosts = world.allgather(world.host, SETTLE, "all ranks start")
+        if metadata == EMBEDDED:
+            endpoint = None
+            if world.rank == 0:
+                from mooncake_hpc.metadata.embedded import EmbeddedEtcd
+
+                host = shared_address(hosts, settings.tcp_bind_address)
+                endpoint = stack.enter_context(EmbeddedEtcd(host, settings=settings)).endpoint
+            metadata = world.broadcast(endpoint, SETTLE, "rank 0 starts etcd")
+        code = run_ranks(config, settings, metadata, world, _say)
+        world.barrier(SETTLE, "all ranks withdraw their keys")  # before rank 0 ends an embedded etcd
+        return code

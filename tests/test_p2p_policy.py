@@ -1,0 +1,225 @@
+"""The swarm's decisions, simulated, and the parts of the P2P Store that need no engine."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from p2p_simulation import SHARD, Simulation
+
+from mooncake_hpc.errors import ConfigError, MetadataError
+from mooncake_hpc.p2p.catalogue import Holder
+from mooncake_hpc.p2p.digests import ALGORITHMS, digest_size, hashers
+from mooncake_hpc.p2p.layout import Layout, Memory, pair
+from mooncake_hpc.p2p.manifest import LARGEST, SMALLEST, Manifest, Part, by_name, check_name, choose_shard_size
+from mooncake_hpc.p2p.swarm import STUCK, Swarm, View
+
+
+@pytest.mark.parametrize(
+    ("readers", "limit", "sent"), [(1, 1.03, 1.0), (2, 1.15, 1.1), (4, 1.25, 1.25), (8, 1.45, 1.5)]
+)
+def test_a_fan_out_costs_little_more_than_one_reader(readers: int, limit: float, sent: float) -> None:
+    run = Simulation(readers, 64)
+    assert run.run() <= 64 * limit
+    assert run.sent[0] <= 64 * sent
+    assert readers == 1 or all(run.sent[node] for node in range(1, readers + 1)), "every reader serves"
+
+
+def test_slow_announcements_cost_little() -> None:
+    assert Simulation(4, 64, delay=3.0, settle=3.0).run() <= 64 * 1.4
+
+
+def test_the_first_holder_dies_once_all_shards_have_left_it() -> None:
+    run = Simulation(4, 48, dies={0: 70.0})
+    assert run.run() <= 48 * 2.5
+
+
+def test_a_reader_dies() -> None:
+    run = Simulation(4, 48, dies={2: 20.0})
+    assert run.run() <= 48 * 2.0
+    assert set(run.finished) == {1, 3, 4}
+
+
+def test_a_late_reader_is_served_by_all() -> None:
+    run = Simulation(4, 64, starts={4: 40.0})
+    run.run()
+    assert run.finished[4] - 40.0 <= 64 * 1.3
+
+
+def test_a_host_pulls_a_shard_over_the_wire_about_once() -> None:
+    run = Simulation(4, 48, hosts={1: "a", 2: "a", 3: "b", 4: "b"})
+    run.run()
+    assert sum(run.over_wire.values()) <= 1.35 * 2 * 48
+
+
+def test_a_slow_source_does_not_hold_up_the_end() -> None:
+    run = Simulation(3, 32, starts={1: 0.0, 2: 40.0, 3: 40.0}, slow={1: 0.02})
+    assert run.run() <= 40 + 32 * 2.5
+
+
+def swarm(shards: int = 4, **views: View) -> Swarm:
+    made = Swarm("me", "here", np.full(shards, SHARD, np.int64), np.ones(shards, bool), np.zeros(shards, bool))
+    for view in views.values():
+        made.see(view)
+    return made
+
+
+def bits(*shards: int, of: int = 4) -> np.ndarray:
+    have = np.zeros(of, bool)
+    have[list(shards)] = True
+    return have
+
+
+def test_the_rarest_comes_first() -> None:
+    made = swarm(a=View("a", "x", bits(0, 1, 2, 3)), b=View("b", "y", bits(0, 1, 2)), c=View("c", "z", bits(0, 1, 3)))
+    assert made.choose("a", 0.0) in (2, 3)
+
+
+def test_what_a_process_of_this_host_holds_is_copied_from_it() -> None:
+    made = swarm(seed=View("seed", "far", bits(0, 1, 2, 3)), mate=View("mate", "here", bits(0, 1, 2)))
+    assert made.choose("seed", 0.0) in (3, None)
+    assert made.choose("mate", 0.0) in (0, 1, 2)
+
+
+def test_wrong_bytes_are_not_asked_for_again() -> None:
+    made = swarm(2, a=View("a", "x", bits(0, of=2)))
+    assert made.choose("a", 0.0) == 0
+    made.begin("a", 0, 0.0)
+    made.received("a", SHARD, 1e6, 1.0)
+    made.wrong("a", 0)
+    assert made.choose("a", 100.0) is None
+    assert made.sources["a"].backlog == 0 and not made.done
+
+
+def test_a_failed_source_rests_longer_each_time() -> None:
+    made = swarm(a=View("a", "x", bits(0, 1, 2, 3)))
+    rests = []
+    now = 0.0
+    for _ in range(8):
+        shard = made.choose("a", now)
+        assert shard is not None
+        made.begin("a", shard, now)
+        made.failed("a", [shard], SHARD, now)
+        assert made.choose("a", now) is None
+        rests.append(made.sources["a"].resting_until - now)
+        now = made.sources["a"].resting_until
+    assert rests == sorted(rests) and rests[-1] == 8.0 > rests[0]
+
+
+def test_a_stuck_source_is_raced() -> None:
+    made = swarm(1, a=View("a", "x", bits(0, of=1)))
+    made.begin("a", 0, 0.0)
+    made.see(View("b", "y", bits(0, of=1)))
+    assert made.choose("b", STUCK / 2) is None
+    assert made.choose("b", 3 * STUCK) == 0
+    made.begin("b", 0, 3 * STUCK)
+    made.see(View("c", "z", bits(0, of=1)))
+    assert made.choose("c", 9 * STUCK) is None, "two are enough"
+    made.received("b", SHARD, 1e6, 4 * STUCK)
+    assert made.verified("b", 0) and made.done
+    made.given_up("a", 0, SHARD)
+    assert made.fetching() == {}
+
+
+def test_a_holder_that_vanishes_takes_its_claims_along() -> None:
+    made = swarm(a=View("a", "x", bits(0, 1, 2, 3)), b=View("b", "y", bits(), {"a": (1, 2)}))
+    assert made.load("a") == 1
+    made.forget("b")
+    assert made.load("a") == 0
+    assert sorted(made.sources) == ["a"]
+
+
+# --- manifests, records, layouts
+
+
+def manifest(**changes: object) -> Manifest:
+    values: dict[str, object] = {
+        "name": "a/b", "version": "v", "sizes": (10, 0, 5), "shard_size": 4, "algorithm": "sha256",
+        "digests": bytes(4 * 32), "kind": "tensors", "parts": (Part("x", "<f4", (2, 1)), Part("y"), Part("z")),
+    }  # fmt: skip
+    return Manifest(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_manifest_there_and_back() -> None:
+    one = manifest()
+    assert Manifest.from_json(one.to_json(), "here") == one
+    assert (one.size, one.shards, one.span(3)) == (15, 4, (12, 15))
+    empty = manifest(sizes=(), digests=b"", parts=())
+    assert (empty.size, empty.shards) == (0, 0)
+    assert one.same_content(manifest(version="w")) and not one.same_content(manifest(shard_size=8, digests=bytes(64)))
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", manifest().to_json().replace('"format":1', '"format":2')])
+def test_what_is_no_manifest_is_refused(text: str) -> None:
+    with pytest.raises(MetadataError, match="key k"):
+        Manifest.from_json(text, "key k")
+
+
+def test_a_manifest_with_too_few_digests_is_refused() -> None:
+    with pytest.raises(MetadataError, match="digests for 4 shards"):
+        Manifest.from_json(manifest(digests=bytes(3 * 32)).to_json(), "key k")
+
+
+def test_record_there_and_back() -> None:
+    for have in (bits(0, 3), bits(), bits(0, 1, 2, 3), bits(of=0)):
+        one = Holder("h:1", "g", "host", (1 << 47, 4096), have, {"other": (1, 2)} if len(have) else {}, True)
+        again = Holder.from_json(one.to_json(), "k")
+        assert np.array_equal(again.have, have) and again.to_json() == one.to_json()
+    for text in ("", "{}", one.to_json().replace('"shards":0', '"shards":"x"')):
+        with pytest.raises(MetadataError):
+            Holder.from_json(text, "k")
+
+
+def test_a_record_of_a_terabyte_is_small() -> None:
+    have = np.random.default_rng(1).integers(0, 2, 16384).astype(bool)
+    assert len(Holder("host:12345", "0" * 16, "0" * 16, (1 << 46,), have, {"host:1": (1, 2)}).to_json()) < 4096
+    whole = manifest(sizes=(1 << 40,), shard_size=64 << 20, algorithm="xxh3-128", digests=bytes(16 * 16384), parts=())
+    assert len(whole.to_json()) < 400_000
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_digests_of_pieces_are_those_of_the_whole(algorithm: str) -> None:
+    data = np.arange(1000, dtype=np.uint8)
+    pieces, whole = hashers(algorithm)(), hashers(algorithm)()
+    whole.update(data)
+    for begin in range(0, 1000, 300):
+        pieces.update(data[begin : begin + 300])
+    assert pieces.digest() == whole.digest() and len(whole.digest()) == digest_size(algorithm)
+
+
+def test_an_unknown_digest_is_refused() -> None:
+    with pytest.raises(ConfigError, match="xxh3-128"):
+        hashers("md5")
+
+
+def test_layouts_cut_at_both_sides_borders() -> None:
+    arrays = [np.arange(n, dtype=np.uint8) for n in (7, 0, 3, 20)]
+    local = Memory(arrays)
+    remote = Layout([(1000, 5), (2000, 15), (3000, 10)])
+    for begin in range(30):
+        for end in range(begin, 31):
+            pairs = pair(local, remote, begin, end)
+            assert sum(n for _, _, n in pairs) == end - begin
+            at = begin
+            for ours, theirs, n in pairs:
+                assert local.extents(at, at + n) == [(ours, n)] and remote.extents(at, at + n) == [(theirs, n)]
+                at += n
+            joined = np.concatenate([np.zeros(0, np.uint8), *local.views(begin, end)])
+            assert np.array_equal(joined, np.concatenate(arrays)[begin:end])
+
+
+def test_shard_sizes() -> None:
+    assert choose_shard_size(0) == choose_shard_size(1) == SMALLEST
+    assert choose_shard_size(1 << 40) == LARGEST
+    assert choose_shard_size(1 << 30) == 4 << 20
+
+
+def test_names() -> None:
+    check_name("a/b c\n\0ü\udc80" * 4)
+    for name in ("", "x" * 600):
+        with pytest.raises(ConfigError):
+            check_name(name)
+    parts = (Part("a"), Part("b"))
+    assert by_name(parts, {"b": 2, "a": 1}) == [1, 2]
+    for given in ({"a": 1}, {"a": 1, "b": 2, "c": 3}):
+        with pytest.raises(ConfigError):
+            by_name(parts, given)

@@ -1,0 +1,363 @@
+"""The P2P Store in one process: stores over a metadata store in memory, tcp and shared memory."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mooncake_hpc.errors import (
+    ConfigError,
+    IntegrityError,
+    ObjectExists,
+    ObjectNotFound,
+    ObjectReplaced,
+    P2PError,
+    SizeMismatch,
+    TransferCancelled,
+    TransferTimeout,
+)
+from mooncake_hpc.p2p import P2PStore, source
+from mooncake_hpc.p2p.files import fetch_path, register_path
+from mooncake_hpc.p2p.pull import Progress
+from mooncake_hpc.settings import Settings
+
+Open = Callable[..., P2PStore]
+SHARD = 1 << 16
+
+
+@pytest.fixture
+def opener(request: pytest.FixtureRequest, no_leaks: None) -> Iterator[Open]:
+    """Opens stores that see one another."""
+    count = 0
+    with ExitStack() as stack:
+
+        def open_one(protocol: str = "tcp") -> P2PStore:
+            nonlocal count
+            count += 1
+            name, space = f"127.0.0.1:{20000 + count}", f"memory://{request.node.name}"
+            return stack.enter_context(P2PStore(name, space, protocol=protocol, settings=Settings(lease_ttl=1.0)))
+
+        yield open_one
+
+
+@pytest.fixture
+def slow_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece takes 20 ms at least."""
+    step = source.Worker._step
+
+    def slowly(worker: source.Worker) -> None:
+        time.sleep(0.02)
+        step(worker)
+
+    monkeypatch.setattr(source.Worker, "_step", slowly)
+
+
+def content(nbytes: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "shm", "auto"])
+def test_there_and_back(opener: Open, protocol: str) -> None:
+    trainer, reader = opener(protocol), opener(protocol)
+    model = trainer.allocate(10 * SHARD + 77)
+    model[:] = content(model.nbytes)
+    manifest = trainer.register("model", model, shard_size=SHARD)
+    replica = reader.get_replica("model", timeout=60)
+    assert np.array_equal(replica.arrays[0], model)
+    assert (manifest.shards, replica.progress.shards_done) == (11, 11)
+    assert replica.progress.sources == {trainer.name: model.nbytes}
+    (info,) = trainer.list()
+    assert (info.name, info.size, info.replicas, info.shards) == ("model", model.nbytes, 2, 11)
+    reader.delete_replica("model")
+    assert trainer.list("mo")[0].holders == {trainer.name: 11} and trainer.list("x") == []
+    trainer.unregister("model")
+    assert trainer.list() == []
+
+
+@pytest.mark.parametrize("size", [0, 1, SHARD - 1, SHARD, SHARD + 1])
+def test_sizes(opener: Open, size: int) -> None:
+    trainer, reader = opener(), opener()
+    data = content(size)
+    trainer.register("o", data, shard_size=SHARD)
+    out = np.zeros(size, np.uint8)
+    assert reader.get_replica("o", out, timeout=60).progress.size == size
+    assert np.array_equal(out, data)
+
+
+def test_a_shard_larger_than_the_object(opener: Open) -> None:
+    trainer, reader = opener(), opener()
+    trainer.register("o", data := content(1000), shard_size=1 << 30)
+    assert np.array_equal(reader.get_replica("o", timeout=60).arrays[0], data)
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "ü \n%41", "current", "x" * 500])
+def test_odd_names(opener: Open, name: str) -> None:
+    trainer, reader = opener(), opener()
+    trainer.register(name, content(100))
+    trainer.register(name + "2", content(100))
+    reader.get_replica(name, timeout=60)
+    assert [one.name for one in reader.list(name)] == sorted([name, name + "2"])
+
+
+def test_lists_of_buffers_and_state_dicts(opener: Open) -> None:
+    trainer, reader = opener(), opener()
+    parts = [content(n, n) for n in (5, 0, 3 * SHARD, 70_000)]
+    trainer.register("list", parts, shard_size=SHARD)
+    out = [np.zeros_like(part) for part in parts]
+    reader.get_replica("list", out, timeout=60)
+    assert all(np.array_equal(a, b) for a, b in zip(parts, out, strict=True))
+
+    state = {"w": np.arange(50_000, dtype=np.float32).reshape(100, 500), "b": np.arange(3), "s": np.float64([2.5])}
+    trainer.register("state", state)
+    ours: dict[str, Any] = {name: np.zeros_like(array) for name, array in reversed(state.items())}
+    reader.get_replica("state", ours, timeout=60)
+    assert all(np.array_equal(ours[name], state[name]) for name in state)
+    reader.delete_replica("state")
+    tensors = reader.get_replica("state", timeout=60).tensors()
+    assert all(np.array_equal(tensors[n], state[n]) and tensors[n].dtype == state[n].dtype for n in state)
+
+
+def test_many_small_tensors_share_shards(opener: Open) -> None:
+    trainer, reader = opener(), opener()
+    state = {f"t{i}": content(100 + i, i) for i in range(300)}
+    assert trainer.register("small", state).shards == 2
+    tensors = reader.get_replica("small", timeout=60).tensors()
+    assert all(np.array_equal(tensors[name], state[name]) for name in state)
+
+
+def test_wrong_receivers_are_refused(opener: Open) -> None:
+    trainer, reader = opener(), opener()
+    trainer.register("o", [content(100), content(50)])
+    for out in (np.zeros(150, np.uint8), [np.zeros(50, np.uint8), np.zeros(100, np.uint8)], {"a": np.zeros(150)}):
+        with pytest.raises(SizeMismatch, match="'o'"):
+            reader.get_replica("o", out)
+    frozen = np.zeros(100, np.uint8)
+    frozen.flags.writeable = False
+    with pytest.raises(SizeMismatch, match="read-only"):
+        reader.get_replica("o", [frozen, np.zeros(50, np.uint8)])
+    assert reader.list()[0].holders.keys() == {trainer.name}
+    reader.get_replica("o", timeout=60)
+    with pytest.raises(P2PError, match="already"):
+        reader.get_replica("o")
+
+
+def test_no_such_object(opener: Open) -> None:
+    store = opener()
+    with pytest.raises(ObjectNotFound, match="nothing"):
+        store.get_replica("nothing")
+    for drop in (store.unregister, store.delete_replica):
+        with pytest.raises(ObjectNotFound):
+            drop("nothing")
+    for name in ("", "x" * 600):
+        with pytest.raises(ConfigError):
+            store.register(name, content(1))
+
+
+def test_waiting_for_an_object(opener: Open) -> None:
+    trainer, reader = opener(), opener()
+    data = content(SHARD)
+    timer = threading.Timer(0.3, lambda: trainer.register("late", data))
+    timer.start()
+    assert np.array_equal(reader.get_replica("late", wait=60).arrays[0], data)
+    timer.join()
+    with pytest.raises(ObjectNotFound, match="within"):
+        reader.get_replica("never", wait=0.2)
+
+
+def test_many_readers_share(opener: Open) -> None:
+    trainer = opener()
+    model = content(40 * SHARD)
+    trainer.register("model", model, shard_size=SHARD)
+    results: list[Progress] = []
+    readers = [opener() for _ in range(4)]
+
+    def read(store: P2PStore) -> None:
+        replica = store.get_replica("model", timeout=90)
+        assert np.array_equal(replica.arrays[0], model)
+        results.append(replica.progress)
+
+    threads = [threading.Thread(target=read, args=(reader,)) for reader in readers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(100)
+    assert len(results) == 4
+    assert sum(result.sources[trainer.name] for result in results) < 4 * model.nbytes
+    assert trainer.list()[0].replicas == 5
+
+
+def test_byte_range(opener: Open) -> None:
+    trainer, reader = opener(), opener()
+    data = content(5 * SHARD)
+    trainer.register("o", data, shard_size=SHARD)
+    for begin, end in ((0, 10), (SHARD, 2 * SHARD), (SHARD - 5, 3 * SHARD + 5), (0, data.nbytes), (7, 7)):
+        out = np.zeros(end - begin, np.uint8)
+        replica = reader.get_replica("o", out, byte_range=(begin, end), timeout=60)
+        assert np.array_equal(out, data[begin:end])
+        assert replica.progress.done <= end - begin + 2 * SHARD
+    assert reader.list()[0].holders.keys() == {trainer.name}
+    with pytest.raises(SizeMismatch):
+        reader.get_replica("o", byte_range=(0, data.nbytes + 1))
+
+
+def test_progress_deadline_and_cancel(opener: Open, slow_sources: None) -> None:
+    trainer, reader = opener(), opener()
+    data = content(20 * SHARD)
+    trainer.register("o", data, shard_size=SHARD)
+    seen: list[int] = []
+    reader.get_replica("o", timeout=60, progress=lambda progress: seen.append(progress.done))
+    assert seen == sorted(seen) and seen[-1] == data.nbytes
+    reader.delete_replica("o")
+    with pytest.raises(TransferTimeout, match="shards"):
+        reader.get_replica("o", timeout=0.0)
+    cancel = threading.Event()
+    with pytest.raises(TransferCancelled):
+        reader.get_replica("o", cancel=cancel, progress=lambda _: cancel.set())
+    assert reader.list()[0].holders.keys() == {trainer.name}
+    assert np.array_equal(reader.get_replica("o", timeout=60).arrays[0], data)
+
+
+def test_wrong_bytes_come_from_elsewhere(opener: Open) -> None:
+    trainer, liar, reader = opener(), opener(), opener()
+    data = content(12 * SHARD)
+    trainer.register("o", data, shard_size=SHARD)
+    theirs = np.zeros_like(data)
+    liar.get_replica("o", theirs, timeout=60)
+    theirs[::1000] ^= 1
+    replica = reader.get_replica("o", timeout=60)
+    assert np.array_equal(replica.arrays[0], data)
+    assert set(replica.progress.wrong) <= {liar.name}
+    trainer.unregister("o")
+    reader.delete_replica("o")
+    with pytest.raises(IntegrityError, match=liar.name):
+        reader.get_replica("o", wait=30, timeout=60)
+
+
+def test_two_trainers_with_one_name(opener: Open) -> None:
+    first, second, reader = opener(), opener(), opener()
+    data = content(3 * SHARD)
+    version = first.register("o", data, shard_size=SHARD).version
+    with pytest.raises(ObjectExists, match=version):
+        second.register("o", content(3 * SHARD, 2), shard_size=SHARD)
+    assert second.list()[0].holders.keys() == {first.name}
+    assert second.register("o", data.copy(), shard_size=SHARD).version == version  # equal: one more holder
+    assert second.list()[0].replicas == 2
+    first.unregister("o")
+    assert np.array_equal(reader.get_replica("o", wait=30, timeout=60).arrays[0], data)
+    newer = content(SHARD, 3)
+    assert first.register("o", newer, shard_size=SHARD, force=True).version != version
+    reader.delete_replica("o")
+    assert np.array_equal(reader.get_replica("o", timeout=60).arrays[0], newer)
+
+
+def test_a_replica_keeps_an_object_alive(opener: Open) -> None:
+    trainer, first, second = opener(), opener(), opener()
+    data = content(3 * SHARD)
+    trainer.register("o", data, shard_size=SHARD)
+    first.get_replica("o", timeout=60)
+    trainer.close()
+    assert np.array_equal(second.get_replica("o", wait=30, timeout=60).arrays[0], data)
+    assert second.list()[0].holders.keys() == {first.name, second.name}
+
+
+def test_registering_again_makes_a_new_version(opener: Open) -> None:
+    trainer, reader, other = opener(), opener(), opener()
+    old, new = content(30 * SHARD), content(30 * SHARD, 2)
+    versions = [trainer.register("o", old, shard_size=SHARD).version]
+    reader.get_replica("o", timeout=60)
+    versions.append(trainer.register("o", new, shard_size=SHARD).version)
+    assert versions[0] != versions[1]
+    assert np.array_equal(other.get_replica("o", timeout=60).arrays[0], new)
+
+    gone = threading.Event()
+
+    def replace(_: Progress) -> None:
+        if not gone.is_set():
+            gone.set()
+            trainer.register("o", old, shard_size=SHARD)
+
+    other.delete_replica("o")
+    out = np.zeros_like(new)
+    try:
+        other.get_replica("o", out, timeout=60, progress=replace)
+    except (ObjectReplaced, ObjectNotFound):
+        pass
+    else:
+        assert np.array_equal(out, new)
+
+
+# --- files
+
+
+def make_folder(root: Path) -> dict[str, bytes]:
+    files = {"a.safetensors": 3 * SHARD + 5, "b.safetensors": 100, "sub/c.json": 7, "empty": 0}
+    for name, size in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content(size, size).tobytes())
+    return {name: (root / name).read_bytes() for name in files}
+
+
+def test_files_and_folders(opener: Open, tmp_path: Path) -> None:
+    trainer, reader = opener("auto"), opener("auto")
+    files = make_folder(tmp_path / "model")
+    register_path(trainer, "folder", str(tmp_path / "model"), shard_size=SHARD)
+    register_path(trainer, "file", str(tmp_path / "model" / "a.safetensors"), shard_size=SHARD)
+    (tmp_path / "model" / "a.safetensors").write_bytes(b"")  # what was published stays
+    fetch_path(reader, "folder", str(tmp_path / "out"), timeout=60)
+    assert {p.relative_to(tmp_path / "out").as_posix(): p.read_bytes() for p in (tmp_path / "out").rglob("*.*")} | {
+        "empty": (tmp_path / "out" / "empty").read_bytes()
+    } == files
+    fetch_path(reader, "file", str(tmp_path / "one"), timeout=60)
+    assert (tmp_path / "one").read_bytes() == files["a.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "one", "out"]
+
+
+def test_a_stopped_pull_goes_on(opener: Open, tmp_path: Path, slow_sources: None) -> None:
+    trainer, reader = opener(), opener()
+    data = content(20 * SHARD)
+    trainer.register("o", data, shard_size=SHARD)
+    out = tmp_path / "o"
+    cancel = threading.Event()
+
+    def stop(progress: Progress) -> None:
+        if progress.shards_done >= 1:
+            cancel.set()
+
+    with pytest.raises(TransferCancelled):
+        fetch_path(reader, "o", str(out), cancel=cancel, progress=stop, timeout=60)
+    assert not out.exists()
+    replica = fetch_path(reader, "o", str(out), timeout=60)
+    assert replica.progress.resumed >= SHARD
+    assert sum(replica.progress.sources.values()) == data.nbytes - replica.progress.resumed
+    assert out.read_bytes() == data.tobytes() and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_partial_file_is_trusted_as_far_as_it_is_right(opener: Open, tmp_path: Path) -> None:
+    trainer, reader = opener(), opener()
+    data = content(8 * SHARD)
+    trainer.register("o", data, shard_size=SHARD)
+    wrong = data.copy()
+    wrong[3 * SHARD] ^= 1
+    (tmp_path / "o.partial").write_bytes(wrong.tobytes())
+    replica = fetch_path(reader, "o", str(tmp_path / "o"), timeout=60)
+    assert replica.progress.resumed == 7 * SHARD and (tmp_path / "o").read_bytes() == data.tobytes()
+
+
+def test_places_that_cannot_be_written(opener: Open, tmp_path: Path) -> None:
+    trainer, reader = opener(), opener()
+    make_folder(tmp_path / "model")
+    register_path(trainer, "folder", str(tmp_path / "model"))
+    trainer.register("o", content(SHARD))
+    (tmp_path / "file").write_bytes(b"x")
+    for name, place in (("folder", "model"), ("folder", "file"), ("o", "model"), ("o", "file/o")):
+        with pytest.raises(P2PError, match="/" + place.split("/")[0]):
+            fetch_path(reader, name, str(tmp_path / place), timeout=60)
+    with pytest.raises(P2PError, match="neither"):
+        register_path(trainer, "x", str(tmp_path / "nothing"))
