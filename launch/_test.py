@@ -52,8 +52,10 @@ def parts(fast: bool, mpirun: str, extra: list[str]) -> list[Part]:
     for name, marks in {"unit": "not interop", "interop": "interop"}.items():
         if not (fast and name == "interop"):
             chosen = ["-m", "not slow and not interop" if fast else marks]
-            command = [python, *pytest, *chosen, "--durations=8", "--ignore=tests/mpi"]
+            command = [python, *pytest, *chosen, "--durations=8", "--ignore=tests/mpi", "--ignore=tests/p2p"]
             result.append(Part(name, [[*command, "--junitxml", str(OUT / name / "r.xml")]], 1200))
+    p2p = [python, *pytest, *(["-m", "not slow"] if fast else []), "--durations=8", "tests/p2p"]
+    result.append(Part("p2p", [[*p2p, "--junitxml", str(OUT / "p2p" / "r.xml")]], 360))
     for ranks in (2,) if fast else (1, 2, 4):
         folder = OUT / f"mpi{ranks}"
         wrapper = [str(ROOT / "launch" / "_rank.sh"), str(folder)]
@@ -188,7 +190,7 @@ def main() -> int:
     parser.add_argument("--mpirun", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--setup-seconds", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--pytest", default="", help="arguments for pytest, in one word: --pytest='-k etcd'")
-    parser.add_argument("part", nargs="*", help="only these: lint unit interop mpi1 mpi2 mpi4")
+    parser.add_argument("part", nargs="*", help="only these: lint unit interop p2p mpi1 mpi2 mpi4")
     options = parser.parse_args()
     all_parts = parts(options.fast, options.mpirun, options.pytest.split())
     unknown = set(options.part) - {p.name for p in all_parts}

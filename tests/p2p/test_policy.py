@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from p2p_simulation import SHARD, Simulation
+from simulation import SHARD, Simulation
 
 from mooncake_hpc.errors import ConfigError, MetadataError
 from mooncake_hpc.p2p.catalogue import Holder
