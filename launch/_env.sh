@@ -62,8 +62,13 @@ set_up_venv
 MPIRUN=$VENV/bin/mpirun
 [ -x "$MPIRUN" ] || MPIRUN=$(command -v mpirun || true)
 
-# Compiled kernels are kept per version of their sources, so that a checkout never runs stale ones.
+# Compiled kernels are kept per version of their sources, so that a checkout never runs stale ones; compiled once,
+# before the first of a version's processes needs them all at the same time.
 if [ -z "${NUMBA_CACHE_DIR:-}" ]; then
     NUMBA_CACHE_DIR=$STATE/numba-$(cat "$ROOT"/mooncake_hpc/kernels/*.py | sha256sum | cut -c1-12)
     export NUMBA_CACHE_DIR
+fi
+if [ ! -e "$NUMBA_CACHE_DIR/warm.done" ]; then
+    say "compiling kernels (once)"
+    "$PY" -m mooncake_hpc warm >&2 && touch "$NUMBA_CACHE_DIR/warm.done"
 fi

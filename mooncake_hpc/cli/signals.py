@@ -5,11 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 GRACE = 1.0  # seconds in which further signals are taken for echoes: launchers and terminals send several
+AGAIN = 0.02  # seconds after which a signal is sent again whose exception was lost
 
 
 class Terminated(KeyboardInterrupt):
@@ -31,9 +38,21 @@ def stoppable() -> Iterator[None]:
         first = time.monotonic()
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
+    def again(swallowed: UnraisableHookArgs) -> None:
+        """Raised in a destructor or in a callback from C, it went no further: send the signal again, soon."""
+        nonlocal first
+        if not isinstance(swallowed.exc_value, KeyboardInterrupt):
+            hook(swallowed)
+            return
+        first = 0.0
+        number = signal.SIGTERM if isinstance(swallowed.exc_value, Terminated) else signal.SIGINT
+        threading.Timer(AGAIN, os.kill, (os.getpid(), number)).start()
+
+    hook, sys.unraisablehook = sys.unraisablehook, again
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
