@@ -373,7 +373,7 @@ def _lead(lane, batch, until):
             put(lane + CAUSE, TIMED_OUT)
             return BROKEN
         elif time - quiet > get(lane + SPIN):
-            _sleep(lane, until - time)
+            _sleep(lane, max(0, until - time))  # below 0 would be without end
         else:
             pause()
         if time >= until:
