@@ -84,10 +84,10 @@ def _state() -> dict[str, set[str]]:
 
 @pytest.fixture
 def no_leaks() -> Iterator[None]:
-    """Fails the test when descriptors, threads, child processes or files in /dev/shm outlive it by 2 s."""
+    """Fails the test when descriptors, threads, child processes or files in /dev/shm outlive it by 10 s."""
     before = _state()
     yield
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 10
     while True:
         gc.collect()
         left = {kind: now - before[kind] for kind, now in _state().items() if now - before[kind]}

@@ -141,9 +141,17 @@ def fail_head_entry(lane, code):
 
 @kernel
 def fail_all(lane, code):
-    """Fail everything queued."""
-    while get(lane + HEAD) != load(lane + TAIL):
+    """Fail everything queued now: whoever has heard of it may already submit again."""
+    tail = load(lane + TAIL)
+    while get(lane + HEAD) != tail:
         fail_head_entry(lane, code)
+
+
+@kernel
+def drop_cancelled(lane):
+    """Complete the cancelled batches at the head of the queue (as `fail_head_entry`): they need no connection."""
+    while get(lane + HEAD) != load(lane + TAIL) and load(get(head_entry(lane) + ENTRY_BATCH) + CANCEL) != 0:
+        fail_head_entry(lane, CANCELLED)
 
 
 @kernel

@@ -26,6 +26,7 @@ SPIN = 50_000  # ns: longer than a loopback round trip, shorter than what a slee
 SHARED_KERNELS = (  # what this module and `batch` call; transports compile them ahead with their own
     layout.enqueue, layout.await_room, layout.hurry, layout.seize, layout.go_up, layout.await_work, layout.hand_over,
     layout.await_batch, layout.ring_thread, layout.ring_leader, layout.abandon, layout.finish_head, layout.fail_all,
+    layout.drop_cancelled,
 )  # fmt: skip
 
 

@@ -7,12 +7,13 @@ import errno
 import os
 import secrets
 import socket
+import threading
 import time
 
 import numpy as np
 
 from mooncake_hpc.address import join, resolve
-from mooncake_hpc.errors import MooncakeError
+from mooncake_hpc.errors import MooncakeError, PeerLost
 from mooncake_hpc.kernels import lane as layout
 from mooncake_hpc.kernels import tcp_client as native
 from mooncake_hpc.segment import SegmentDescriptor
@@ -26,15 +27,41 @@ FENCE_TIMEOUT = 5.0  # seconds for the peer to end a broken connection
 CUT = 16 << 20  # slice size where several lanes share a request
 
 
+class Unfenced:
+    """Broken connections to one peer over which WRITEs may still land: no lane may send before they are fenced."""
+
+    def __init__(self) -> None:
+        self.lanes: list[TcpLane] = []
+        self._lock = threading.Lock()
+        self._identities: list[str] = []
+
+    def add(self, identity: str) -> None:
+        """Stop all lanes: what they send next could be overtaken by older bytes for the same addresses."""
+        with self._lock:
+            self._identities.append(identity)
+        for lane in self.lanes:
+            lane.interrupt()
+
+    def settle(self, peer: Peer) -> None:
+        """Have the peer end them. Raises PeerLost when it cannot."""
+        with self._lock:
+            for identity in list(self._identities):
+                if not peer.fence(identity, FENCE_TIMEOUT):
+                    raise PeerLost(f"{peer.name}: WRITEs over an earlier connection may still land")
+                self._identities.remove(identity)
+
+
 class TcpLane(Lane):
     """One connection at a time. A broken one is fenced before its slices go over the next."""
 
     drive_kernel = staticmethod(native.drive)
     attend_kernel = staticmethod(native.attend)
 
-    def __init__(self, name: str, peer: Peer, settings: Settings) -> None:
+    def __init__(self, name: str, peer: Peer, settings: Settings, unfenced: Unfenced) -> None:
         super().__init__(name, peer.name, settings.tcp_progress_timeout)
         self._peer = peer
+        self._unfenced = unfenced
+        unfenced.lanes.append(self)
         self._settings = settings
         self._socket: socket.socket | None = None
         self._connections = 0
@@ -66,6 +93,7 @@ class TcpLane(Lane):
     def repair(self) -> None:
         if self._socket is not None:
             self._bury()
+        layout.drop_cancelled(self.address)
         while self.pending and self._get(layout.STATE) == layout.DOWN:
             try:
                 self._connect()
@@ -87,8 +115,10 @@ class TcpLane(Lane):
         if cause == layout.REJECTED:  # the peer stops at the request that it refuses
             layout.finish_head(self.address, layout.REJECTED)
         elif cause in (layout.TIMED_OUT, layout.MALFORMED):
+            self._remember()
             self._fail(cause)
         elif not self._fenced():
+            self._remember()
             self._fail(layout.LOST)
         else:
             self._count_failure()
@@ -118,6 +148,11 @@ class TcpLane(Lane):
                 return False
         return self._read_to_end()
 
+    def _remember(self) -> None:
+        """The queue fails with WRITEs unfenced: whoever sends to the same addresses next must come after them."""
+        if self._peer.descriptor.generation and native.writes_in_flight(self.address):
+            self._unfenced.add(self._identity)
+
     def _read_to_end(self) -> bool:
         """A peer that cannot be asked has taken everything once it closes in answer to our FIN."""
         assert self._socket is not None
@@ -135,6 +170,7 @@ class TcpLane(Lane):
     def _connect(self) -> None:
         if self._connections:
             self._peer.refresh()
+        self._unfenced.settle(self._peer)
         self._connections += 1
         host, port = self._peer.endpoint()
         self._where = join(host, port)
@@ -158,13 +194,14 @@ class TcpRoute(Route):
 
     def __init__(self, peer: Peer, settings: Settings) -> None:
         count = settings.tcp_lanes_per_peer or max(1, min(4, len(os.sched_getaffinity(0)) // 2))
-        first = TcpLane(f"tcp/{peer.name}/0", peer, settings)
+        unfenced = Unfenced()
+        first = TcpLane(f"tcp/{peer.name}/0", peer, settings, unfenced)
         self._scratch = np.zeros(1, np.int64)
         if first.version == 1:
             fence_byte, lanes = int(self._scratch.ctypes.data), [first]
         else:
             fence_byte = 0
-            lanes = [first, *[TcpLane(f"tcp/{peer.name}/{n}", peer, settings) for n in range(1, count)]]
+            lanes = [first, *[TcpLane(f"tcp/{peer.name}/{n}", peer, settings, unfenced) for n in range(1, count)]]
         super().__init__(list(lanes), _tables(peer.descriptor), WHOLE if len(lanes) == 1 else CUT, fence_byte)
 
     def update(self, descriptor: SegmentDescriptor) -> None:

@@ -53,6 +53,12 @@ class Connection:
         return int(self.block[native.BUSY // 8])
 
     @property
+    def silent(self) -> bool:
+        """Whether no request has come over it, and it has not been stopped."""
+        words = native.BUSY, native.BYTES_IN, native.BYTES_OUT, native.STOP
+        return not any(self.block[word // 8] for word in words)
+
+    @property
     def identity(self) -> str:
         return f"{int(self.block[native.CONNECTION // 8]):014x}"
 
@@ -76,7 +82,7 @@ class TcpServer:
         self._retired: list[Tables] = []
         self._install(self._tables)
         self._lock = threading.Lock()
-        self._connections: set[Connection] = set()
+        self._connections: dict[Connection, None] = {}  # oldest first
         self._named: dict[str, Connection] = {}
         self._fenced: dict[str, None] = {}
         self._totals = [0, 0]
@@ -180,9 +186,9 @@ class TcpServer:
         thread = threading.Thread(target=self._run, args=(connection,), name="mooncake-tcp", daemon=True)
         connection.thread = thread
         with self._lock:
-            full = len(self._connections) >= MAX_CONNECTIONS
+            full = len(self._connections) >= MAX_CONNECTIONS and not self._make_room()
             if not full:
-                self._connections.add(connection)
+                self._connections[connection] = None
         try:
             if full:
                 log.warning("data port %d: %d connections, one more refused", self.port, MAX_CONNECTIONS)
@@ -192,6 +198,15 @@ class TcpServer:
         except RuntimeError as error:  # the system's limit of threads
             log.warning("data port %d: no thread for a connection: %s", self.port, error)
             self._forget(connection)
+
+    def _make_room(self) -> bool:
+        """End the oldest connection that has never asked for anything. The caller holds the lock."""
+        silent = next((c for c in self._connections if c.silent), None)
+        if silent is None:
+            return False
+        log.debug("data port %d: %d connections, the oldest silent one is cut", self.port, MAX_CONNECTIONS)
+        silent.stop()  # and forgotten by its thread
+        return True
 
     def _run(self, connection: Connection) -> None:
         try:
@@ -216,7 +231,7 @@ class TcpServer:
 
     def _forget(self, connection: Connection) -> None:
         with self._lock:
-            self._connections.discard(connection)
+            self._connections.pop(connection, None)
             if self._named.get(connection.identity) is connection:
                 del self._named[connection.identity]
             self._totals[0] += int(connection.block[native.BYTES_IN // 8])
