@@ -154,8 +154,13 @@ def three_hosts(tmp_path: Path) -> Iterator[tuple[list[str], Path]]:
         del os.environ["VIRTUAL_HOSTS"]
 
 
-PLACE = "from mpi4py import MPI; import os, socket; print(MPI.COMM_WORLD.Get_size(), socket.gethostname(), " \
-    "len(os.sched_getaffinity(0)), os.environ.get('MOONCAKE_HPC_LEASE_TTL'))"  # fmt: skip
+PLACE = """
+from mpi4py import MPI
+import os, socket
+size, cores = MPI.COMM_WORLD.Get_size(), len(os.sched_getaffinity(0))
+words = size, socket.gethostname(), cores, os.environ["MOONCAKE_HPC_LEASE_TTL"]
+os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # in one piece: ranks share the pipe
+"""
 
 
 @pytest.mark.slow
