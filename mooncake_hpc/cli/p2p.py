@@ -127,7 +127,7 @@ def configure(flags: Parsed, launch: Launch | None) -> P2PConfig:
     if choice.notice and (launch is None or launch.rank == 0):
         print(choice.notice, file=sys.stderr)
     values = {name: flags.values[name] for name in _DEFAULTS}
-    config = P2PConfig(**{**values, **choice.as_config()})  # type: ignore[arg-type]
+    config = P2PConfig(**{**values, **choice.as_config()})
     if not config.metadata_server:
         raise ConfigError("--metadata_server is missing: host:port of an etcd, etcd://a:1,b:2, or embedded")
     if not config.cmd and launch is None:

@@ -126,7 +126,7 @@ def configure(flags: Parsed, settings: Settings, launch: Launch | None, alone: b
         values["local_server_name"] = default_name(launch)
     values["timeout"] = flags.number("timeout") or settings.transfer_timeout
     choice = choose(asked(flags), topology.devices())
-    config = BenchConfig(**{**values, **choice.as_config()})  # type: ignore[arg-type]
+    config = BenchConfig(**{**values, **choice.as_config()})
     notice = choice.notice
     if config.footprint > config.buffer_size:
         notice += f"\nWARNING: --buffer_size raised from {config.buffer_size} to {config.footprint} bytes"
