@@ -20,6 +20,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from load import TICK
+
 from mooncake_hpc.metadata.embedded import EmbeddedEtcd
 from mooncake_hpc.metadata.store import open_store
 
@@ -29,7 +31,6 @@ RESULT = re.compile(r"Test completed: duration ([\d.]+), batch count (\d+),")
 START_TIMEOUT = 60.0  # seconds for a target to be ready
 TRIES = 5  # for a sample of the original: on a busy machine it gives requests up after a second in its queue
 EXTRA_TIMEOUT = 120.0  # seconds beyond its duration for an initiator to end
-TICK = os.sysconf("SC_CLK_TCK")
 LAUNCHERS = ("PMI", "PMIX", "OMPI", "PRTE", "HYDRA", "MPI", "SLURM")
 
 
@@ -84,12 +85,12 @@ def cpu_of(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICK
 
 
-def run(command: list[str], timeout: float) -> tuple[str, float]:
+def run(command: list[str], timeout: float, env: dict[str, str] | None = None) -> tuple[str, float]:
     """Run to the end: its output and CPU seconds. Failed when it goes wrong."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
-            command, env=environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+            command, env=env or environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
         )
         try:
             code: int | str = process.wait(timeout)
@@ -177,13 +178,12 @@ class Stage:
         return f"127.0.0.1:{next(self._numbers)}"
 
     def ours(self, protocol: str) -> Target:
-        return self.target(f"ours/{protocol}", OUR_BENCH, protocol)
+        return self._target(f"ours/{protocol}", OUR_BENCH, protocol)
 
     def original(self) -> Target:
-        return self.target("original", self.original_bench, "tcp")
+        return self._target("original", self.original_bench, "tcp")
 
-    def target(self, key: str, command: tuple[str, ...], protocol: str) -> Target:
-        """The target of this key, started by `command` when it is first asked for."""
+    def _target(self, key: str, command: tuple[str, ...], protocol: str) -> Target:
         if key not in self._targets:
             name = self.unused_name()
 

@@ -12,33 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cases import CASES, Case
-from contenders import TICK, Contender, Failed, Stage
+from contenders import Contender, Failed, Stage
+from load import Watch, calm
 from report import CaseResult, Results, progress_line
 from resources import facts
 
 FACTS = "resources"
 RESULTS = Path(__file__).resolve().parent / "results"
 MIN_BUFFER = 64 << 20  # bytes
-
-
-def busy_seconds() -> float:
-    """CPU seconds that the whole machine has worked since its start."""
-    with open("/proc/stat") as file:
-        user, nice, system, _, _, irq, soft, *_ = (int(word) for word in file.readline().split()[1:])
-    return (user + nice + system + irq + soft) / TICK
-
-
-class Watch:
-    """How many cores were busy with anything but this run, between `__init__` and `others`."""
-
-    def __init__(self, own: Callable[[], float]) -> None:
-        self._own = own
-        self._begin = time.monotonic(), busy_seconds(), own()
-
-    def others(self) -> float:
-        begin, busy, own = self._begin
-        work = busy_seconds() - busy - (self._own() - own)
-        return max(0.0, work / (time.monotonic() - begin))
 
 
 def own_seconds(stage: Stage) -> float:
@@ -65,33 +46,13 @@ def run_case(case: Case, stage: Stage, pairs: int, seconds: float, tell: Callabl
     return result
 
 
-def suite(name: str) -> Sequence[Case]:
-    """The cases on loopback, or those over RDMA."""
-    if name == "rdma":
-        from rdma_cases import CASES as RDMA_CASES
-
-        return RDMA_CASES
-    return CASES
-
-
-def choose(cases: Sequence[Case], patterns: Sequence[str]) -> tuple[list[Case], bool]:
+def choose(patterns: Sequence[str]) -> tuple[list[Case], bool]:
     """The cases whose names match one of the patterns (all without any), and whether resources are asked for."""
 
     def wanted(name: str) -> bool:
         return not patterns or any(fnmatch.fnmatch(name, f"*{pattern}*") for pattern in patterns)
 
-    return [case for case in cases if wanted(case.name)], cases is CASES and wanted(FACTS)
-
-
-def calm(limit: float, patience: float, tell: Callable[[str], None]) -> None:
-    """Wait until others use at most `limit` cores for a second, for at most `patience` seconds."""
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        tell(f"waiting for a calm moment, {deadline - time.monotonic():.0f} s at most")
-        watch = Watch(time.process_time)
-        time.sleep(1.0)
-        if watch.others() <= limit:
-            return
+    return [case for case in CASES if wanted(case.name)], wanted(FACTS)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -120,7 +81,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="before each case wait at most this long for others to leave the machine alone [%(default)s]",
     )
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="[benchmarks/results]")
-    parser.add_argument("--suite", choices=("tcp", "rdma"), default="tcp", help=argparse.SUPPRESS)
     parser.add_argument("--original", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.pairs < 1 or options.seconds <= 0 or options.batches < 1 or options.idle <= 0:
@@ -156,10 +116,9 @@ def measure(options: argparse.Namespace, cases: list[Case], with_facts: bool, re
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
-    known = suite(options.suite)
-    cases, with_facts = choose(known, options.case)
+    cases, with_facts = choose(options.case)
     if options.list:
-        print("\n".join([*(case.name for case in known), *([FACTS] if known is CASES else [])]))
+        print("\n".join([*(case.name for case in CASES), FACTS]))
         return 0
     if not cases and not with_facts:
         print(f"benchmarks/run: no case matches {' '.join(options.case)}; see --list", file=sys.stderr)
@@ -172,7 +131,7 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: writing what there is", file=sys.stderr)
     results.seconds = round(time.monotonic() - begin, 1)
-    results.write(options.output, "rdma" if options.suite == "rdma" else "bench")
+    results.write(options.output)
     print(results.markdown())
     for text in results.missed:
         print(f"not reached: {text}", file=sys.stderr)

@@ -72,12 +72,12 @@ class Results:
             "missed": self.missed,
         }
 
-    def write(self, folder: Path, name: str = "bench") -> None:
-        """<name>.json and <name>.md. Raises OSError."""
+    def write(self, folder: Path) -> None:
+        """bench.json and bench.md. Raises OSError."""
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False)
-        (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-        (folder / f"{name}.md").write_text(self.markdown(), encoding="utf-8")
+        (folder / "bench.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "bench.md").write_text(self.markdown(), encoding="utf-8")
 
     def markdown(self) -> str:
         here = machine()
@@ -94,7 +94,7 @@ class Results:
         if self.cases:
             lines += ["", *_speed_table(self.cases)]
         if self.facts:
-            lines += ["", *_table(["resource", "seen", "reach", ""], [_fact_row(fact) for fact in self.facts])]
+            lines += ["", *table(["resource", "seen", "reach", ""], [_fact_row(fact) for fact in self.facts])]
         for result in self.cases:
             if result.failure:
                 lines += ["", f"{result.case.name} failed: {result.failure}"]
@@ -113,7 +113,7 @@ def progress_line(result: CaseResult) -> str:
     parts = [f"{name} {_speed(result, name)}" for name in result.case.contenders]
     for goal in result.case.goals:
         verdict = "ok" if result.met(goal) else "MISSED"
-        parts.append(f"{goal.what} {_spread(result.ratios(goal))} (reach {goal.text}: {verdict})")
+        parts.append(f"{goal.what} {spread(result.ratios(goal))} (reach {goal.text}: {verdict})")
     return f"{result.case.name}: " + ", ".join(parts)
 
 
@@ -147,34 +147,28 @@ def _speed_table(results: list[CaseResult]) -> list[str]:
         for number, goal in enumerate(result.case.goals):
             first = [result.case.name, *speeds, " / ".join(cpu)] if number == 0 else [""] * (len(speeds) + 2)
             ratios = result.ratios(goal)
-            seen = _spread(ratios) if ratios else "failed"
-            rows.append([*first, goal.what, seen, goal.text, _mark(result.met(goal))])
+            seen = spread(ratios) if ratios else "failed"
+            rows.append([*first, goal.what, seen, goal.text, mark(result.met(goal))])
     head = ["case", "ours", *others, "CPU s/GB (ours / original)", "figure", "seen", "reach", ""]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _speed(result: CaseResult, contender: str) -> str:
-    """Throughput, or where one small request goes at a time, its latency: median, least and greatest."""
-    if not result.rounds:
+    """Throughput, or where one small request goes at a time, its latency."""
+    rate = result.median(contender, "bytes_per_second")
+    requests = result.median(contender, "requests_per_second")
+    if rate is None or requests is None:
         return "-"
     load = result.case.load
-    if load.batch * load.threads == 1:
-        return _range([1e6 / seen[contender].requests_per_second for seen in result.rounds], "µs")
-    rates = [seen[contender].bytes_per_second for seen in result.rounds]
-    return _range([r / 1e9 for r in rates], "GB/s") if median(rates) > 5e8 else _range([r / 1e6 for r in rates], "MB/s")
-
-
-def _range(values: list[float], unit: str) -> str:
-    digits = 2 if unit == "GB/s" else 1
-    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f}) {unit}"
+    return f"{1e6 / requests:.1f} µs" if load.batch * load.threads == 1 else f"{rate / 1e9:.2f} GB/s"
 
 
 def _fact_row(fact: Fact) -> list[str]:
     note = f" ({fact.note})" if fact.note else ""
-    return [fact.what, f"{fact.value:.3g} {fact.unit}{note}", f"≤ {fact.limit:g}", _mark(fact.met)]
+    return [fact.what, f"{fact.value:.3g} {fact.unit}{note}", f"≤ {fact.limit:g}", mark(fact.met)]
 
 
-def _mark(met: bool) -> str:
+def mark(met: bool) -> str:
     return "reached" if met else "**missed**"
 
 
@@ -182,9 +176,9 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _spread(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
     return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]

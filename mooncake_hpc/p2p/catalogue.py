@@ -17,13 +17,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
 import numpy as np
 
 from mooncake_hpc.errors import MetadataError, MetadataUnavailable, MooncakeError, NameInUse
 from mooncake_hpc.metadata.base import MetadataStore
+from mooncake_hpc.p2p.board import Place
 from mooncake_hpc.p2p.manifest import Manifest
 from mooncake_hpc.p2p.swarm import Bits
 
@@ -31,20 +32,24 @@ log = logging.getLogger(__name__)
 
 CURRENT = "current"
 EVENTS = 5000.0  # a second: what all holders' announcements together may cost the store; each is told to every holder
-QUICKEST = 0.004  # seconds between two announcements of a holder
+QUICKEST = 0.25  # seconds between two announcements of a holder: boards tell of shards sooner
 RETRY = (0.1, 1.0)  # seconds after an announcement that failed: at first, and at most
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A holder's record. `bases` are addresses of the object's buffers in the segment, in the manifest's order."""
+    """A holder's record. `bases` are addresses of the object's buffers in the segment, in the manifest's order.
+
+    Where there is a `board`, it knows more than `have`. `sources` are segments that the holder is pulling from.
+    """
 
     segment: str
     generation: str
     host: str
     bases: tuple[int, ...]
     have: Bits
-    fetching: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    board: Place | None = None
+    sources: tuple[str, ...] = ()
     seed: bool = False
 
     def to_json(self) -> str:
@@ -56,7 +61,8 @@ class Holder:
             "bases": self.bases,
             "shards": len(self.have),
             "have": bits,
-            "fetching": self.fetching,
+            "board": None if self.board is None else (self.board.address, self.board.token),
+            "sources": self.sources,
             "seed": self.seed,
         }
         return json.dumps(value, separators=(",", ":"))
@@ -72,16 +78,16 @@ class Holder:
             else:
                 packed = np.frombuffer(base64.b64decode(value["have"], validate=True), np.uint8)
                 have = np.unpackbits(packed, count=shards).astype(bool)
-            fetching = {str(k): tuple(int(s) for s in v) for k, v in value["fetching"].items()}
-            if len(have) != shards or any(not 0 <= s < shards for v in fetching.values() for s in v):
-                raise ValueError("shards out of range")
+            if len(have) != shards:
+                raise ValueError(f"{len(have)} bits for {shards} shards")
             return cls(
                 segment=str(value["segment"]),
                 generation=str(value["generation"]),
                 host=str(value["host"]),
                 bases=tuple(int(base) for base in value["bases"]),
                 have=have,
-                fetching=fetching,
+                board=Place.of(value["board"]),
+                sources=tuple(str(source) for source in value["sources"]),
                 seed=bool(value["seed"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -220,7 +226,7 @@ class Announcer:
     ) -> None:
         """`record` makes the present record; `holders` counts them all. Publishes the first record; MetadataError."""
         self._store, self._key, self._record, self._holders = store, key, record, holders
-        self._dirty, self._ending = threading.Event(), False
+        self._dirty, self._finishing, self._ending = threading.Event(), threading.Event(), False
         self._lock = threading.Lock()
         self.writes = 1
         store.publish(key, record().to_json())
@@ -235,6 +241,7 @@ class Announcer:
         """Publish what has changed, within `timeout` seconds, and end the thread. Later `changed` do nothing."""
         with self._lock:
             self._ending = True
+        self._finishing.set()
         self._dirty.set()
         self._thread.join(timeout)
 
@@ -264,4 +271,4 @@ class Announcer:
                     return
                 ending = self._ending
             if not ending:
-                time.sleep(max(QUICKEST, self._holders() ** 2 / EVENTS))
+                self._finishing.wait(max(QUICKEST, self._holders() ** 2 / EVENTS))

@@ -16,7 +16,6 @@ from mooncake_hpc.p2p.pull import Progress
 from mooncake_hpc.p2p.report import Bar, FanOut, list_lines, pull_lines, write_json
 from mooncake_hpc.p2p.store import P2PStore, Replica, digest_all
 from mooncake_hpc.settings import Settings
-from mooncake_hpc.transports.choice import engine_options
 
 if TYPE_CHECKING:
     from mooncake_hpc.mpi import World
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 EMBEDDED = "embedded"
 POLL = 0.2  # seconds between two looks of a trainer at its replicas
 SETTLE = 60.0  # seconds that ranks may differ in starting up
-QUIET = 0.3  # seconds for which nobody pulls from us before we leave
+QUIET = 1.0  # seconds for which nobody pulls from us before we leave
 
 Say = Callable[[str], None]
 
@@ -37,9 +36,6 @@ class P2PConfig:
     metadata_server: str = ""
     local_server_name: str = ""
     protocol: str = "auto"
-    device_name: str = ""  # RDMA devices, commas between; empty: all
-    nic_priority_matrix: str = ""  # a file's name
-    auto_discovery: bool = False
     name: str = "mooncake-model"
     file_size_mb: int = 2048
     size: int = 0  # bytes; 0: file_size_mb
@@ -62,8 +58,7 @@ class P2PConfig:
 
 
 def open_store(config: P2PConfig, metadata: str, settings: Settings) -> P2PStore:
-    options = engine_options(config.protocol, config.device_name, config.nic_priority_matrix, config.auto_discovery)
-    return P2PStore(config.local_server_name, metadata, settings=settings, **options)
+    return P2PStore(config.local_server_name, metadata, protocol=config.protocol, settings=settings)
 
 
 def publish(store: P2PStore, config: P2PConfig) -> None:

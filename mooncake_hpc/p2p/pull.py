@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mooncake_hpc.errors import IntegrityError, MooncakeError, ObjectNotFound, TransferCancelled, TransferTimeout
+from mooncake_hpc.p2p.board import Board, MemoryPool, board_size, by_source, source_id
 from mooncake_hpc.p2p.catalogue import Holder
 from mooncake_hpc.p2p.digests import hashers
 from mooncake_hpc.p2p.layout import Memory
@@ -33,6 +34,7 @@ TICK = 0.05  # seconds between two looks when nothing happens
 BREATH = 0.002  # seconds in which changes gather before the next look
 LARGEST_RACE = 16 << 20  # bytes of a shard that is fetched a second time into memory of our own
 JOIN = 15.0  # seconds for a worker to end
+NEWS = (0.02, 0.004)  # seconds between two looks at a board: at least, and for each holder
 
 
 @dataclass(slots=True)
@@ -57,13 +59,18 @@ class Progress:
         return (self.done - self.resumed) / self.seconds if self.seconds else 0.0
 
 
+def _same_place(one: Holder, other: Holder) -> bool:
+    """Whether two records tell of the same memory of the same process."""
+    return (one.generation, one.bases, one.board) == (other.generation, other.bases, other.board)
+
+
 OnProgress = Callable[[Progress], object]
 
 
 class Pull:
-    """`have` are shards that are in `memory` already; `on_shard` is told of each new one, `on_claim` of one asked for.
+    """`have` are shards that are in `memory` already; `on_shard`, which must be quick, is told of each new one.
 
-    Both must be quick.
+    `board`, where others shall see it, shows what is here and what is under way. `copies` is for others' boards.
     """
 
     def __init__(
@@ -75,16 +82,18 @@ class Pull:
         wanted: Bits,
         have: Bits,
         on_shard: Callable[[int], object],
-        on_claim: Callable[[], object],
+        copies: MemoryPool,
+        board: Board | None = None,
     ) -> None:
         self._engine, self._manifest, self._memory = engine, manifest, memory
-        self._on_shard, self._on_claim = on_shard, on_claim
+        self._on_shard, self._copies, self._board = on_shard, copies, board
         spans = np.array([manifest.span(shard) for shard in range(manifest.shards)], np.int64).reshape(-1, 2)
         self.swarm = Swarm(engine.name, host, spans[:, 1] - spans[:, 0], wanted, have)
         self._new_hasher = hashers(manifest.algorithm)
         self.lock = threading.Condition()
         self._changed = True
         self._holders: dict[str, Holder] = {}
+        self._names: dict[int, str] = {source_id(engine.name): engine.name}  # by what stands for them in boards
         self._workers: dict[str, Worker] = {}
         self._old: list[Worker] = []
         self._jobs: dict[int, list[Job]] = {}
@@ -102,12 +111,30 @@ class Pull:
             log.warning("record of %s does not fit the manifest: ignored", holder.segment)
             return
         with self.lock:
-            before = self._holders.get(holder.segment)
-            self._holders[holder.segment] = holder
-            if before is not None and (before.generation, before.bases) != (holder.generation, holder.bases):
+            before, have, fetching = self._holders.get(holder.segment), holder.have, {}
+            same = before is not None and _same_place(before, holder)
+            if same and (known := self.swarm.sources.get(holder.segment)) is not None:
+                have, fetching = have | known.view.have, dict(known.view.fetching)
+            elif not same:
                 self._retire(holder.segment)
-            self.swarm.see(View(holder.segment, holder.host, holder.have, holder.fetching))
+            self._holders[holder.segment] = holder
+            self._names[source_id(holder.segment)] = holder.segment
+            self.swarm.see(View(holder.segment, holder.host, have, fetching))
+            if holder.segment != self._engine.name and not self._ending:
+                self._worker(holder.segment)
             self._wake()
+
+    def news(self, holder: Holder, have: Bits, claims: list[tuple[int, int]]) -> float | None:
+        """What a holder's board says. Seconds until the next look at it; None: it need not be looked at again."""
+        with self.lock:
+            present, known = self._holders.get(holder.segment), self.swarm.sources.get(holder.segment)
+            if present is None or known is None or not _same_place(present, holder):
+                return None
+            have, fetching = have | known.view.have, by_source(claims, self._names)
+            if fetching != known.view.fetching or have.sum() != known.view.have.sum():
+                self.swarm.see(View(holder.segment, holder.host, have, fetching))
+                self._wake()
+            return None if have.all() else max(NEWS[0], NEWS[1] * len(self._holders))
 
     def forget(self, segment: str) -> None:
         """A record is gone."""
@@ -196,7 +223,9 @@ class Pull:
     def _worker(self, name: str) -> Worker:
         worker = self._workers.get(name)
         if worker is None:
-            worker = self._workers[name] = Worker(self._engine, self._holders[name], self._manifest.sizes, self)
+            copy = self._copies.take(board_size(self._manifest.shards))
+            worker = Worker(self._engine, self._holders[name], self._manifest.sizes, copy, self)
+            self._workers[name] = worker
         return worker
 
     def _begin(self, name: str, now: float) -> Job | None:
@@ -213,7 +242,8 @@ class Pull:
         job = Job(shard, begin, end, target, self._new_hasher())
         self.swarm.begin(name, shard, now)
         self._jobs.setdefault(shard, []).append(job)
-        self._on_claim()
+        if self._board is not None:
+            self._board.claim(name, shard)
         return job
 
     def _race_memory(self, begin: int, end: int) -> Memory | None:
@@ -261,6 +291,7 @@ class Pull:
         for worker in workers:
             while not worker.join(JOIN):
                 log.warning("%s: a transfer does not end", worker.holder.segment)
+            self._copies.give(worker.copy)
         if self._scratch is not None:
             self._engine.unregister(self._scratch)
 
@@ -287,7 +318,9 @@ class Pull:
             return
         with self.lock:
             news = self.swarm.verified(source, job.shard)
-            self._forget(job)
+            if self._board is not None:
+                self._board.hold(job.shard)
+            self._forget(source, job)
             for other in self._jobs.get(job.shard, ()):
                 other.abandoned = True
             if news:
@@ -332,14 +365,14 @@ class Pull:
         )  # fmt: skip
         with self.lock:
             self.swarm.wrong(source, job.shard)
-            self._forget(job)
+            self._forget(source, job)
             self.progress.wrong[source] += 1
             self._wake()
 
     def dropped(self, source: str, job: Job) -> None:
         with self.lock:
             self.swarm.given_up(source, job.shard, job.end - job.hashed)
-            self._forget(job)
+            self._forget(source, job)
             self._wake()
 
     def failed(self, source: str, jobs: list[Job], error: MooncakeError) -> None:
@@ -348,12 +381,14 @@ class Pull:
             left = sum(job.end - job.hashed for job in jobs)
             self.swarm.failed(source, [job.shard for job in jobs], left, time.monotonic())
             for job in jobs:
-                self._forget(job)
+                self._forget(source, job)
             self.progress.failures[source] += 1
             self._errors[source] = error
             self._wake()
 
-    def _forget(self, job: Job) -> None:
+    def _forget(self, source: str, job: Job) -> None:
+        if self._board is not None:
+            self._board.unclaim(source, job.shard)
         jobs = self._jobs[job.shard]
         jobs.remove(job)
         if not jobs:

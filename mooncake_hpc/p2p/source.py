@@ -1,12 +1,13 @@
 """What fetches shards from one source: a thread that keeps a few pieces under way and hashes each as it arrives.
 
 A *piece* is a part of a shard that fits the cache, read by one batch. While one is hashed the next ones are on the
-wire.
+wire. The same thread reads the source's board now and then, as long as the source does not hold everything.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -17,19 +18,23 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from mooncake_hpc.errors import MooncakeError, PeerLost, TransferError
+from mooncake_hpc.p2p.board import read_board
 from mooncake_hpc.p2p.catalogue import Holder
 from mooncake_hpc.p2p.digests import Hasher
-from mooncake_hpc.p2p.layout import Layout, Memory, pair
+from mooncake_hpc.p2p.layout import Bytes, Layout, Memory, pair
+from mooncake_hpc.p2p.swarm import Bits
 from mooncake_hpc.request import READ, REQUEST
 
 if TYPE_CHECKING:
     from mooncake_hpc.batch import Batch
     from mooncake_hpc.engine import TransferEngine
+    from mooncake_hpc.remote import Segment
 
 log = logging.getLogger(__name__)
 
 PIECE = 512 << 10  # bytes
 LOOK = 0.05  # seconds between two looks at whether a shard is still wanted
+REST = (0.25, 8.0)  # seconds after a failure until the board is looked at again: at first, and at most
 SILENCE = (3.0, 30.0)  # seconds without a byte after which a source counts as gone: at first, and at most
 
 
@@ -60,6 +65,12 @@ class _Piece:
     since: float
 
 
+@dataclass(slots=True)
+class _BoardRead:
+    batch: Batch
+    since: float
+
+
 class Listener(Protocol):
     """The pull, as its workers see it. Called from their threads."""
 
@@ -75,12 +86,26 @@ class Listener(Protocol):
 
     def failed(self, source: str, jobs: list[Job], error: MooncakeError) -> None: ...
 
+    def news(self, holder: Holder, have: Bits, claims: list[tuple[int, int]]) -> float | None: ...
+
 
 class Worker:
-    """Fetches from `holder` what it is given by `give`, and more of its own accord, until `stop`."""
+    """Fetches from `holder` what it is given by `give`, and more of its own accord, until `stop`.
 
-    def __init__(self, engine: TransferEngine, holder: Holder, sizes: tuple[int, ...], listener: Listener) -> None:
+    As long as the holder has a board and not all shards, reads it into `copy` and tells the listener, whose `news`
+    returns the seconds until the next look, or None.
+    """
+
+    def __init__(
+        self,
+        engine: TransferEngine,
+        holder: Holder,
+        sizes: tuple[int, ...],
+        copy: Bytes,
+        listener: Listener,
+    ) -> None:
         self.holder = holder
+        self.copy = copy
         self.transport = ""
         self._engine, self._listener = engine, listener
         self._remote = Layout(list(zip(holder.bases, sizes, strict=True)))
@@ -91,6 +116,10 @@ class Worker:
         self._stopping = False
         self._silence = SILENCE[0]
         self._heard = 0.0  # when the last piece came
+        self._segment: Segment | None = None
+        self._board: _BoardRead | None = None
+        self._next_look = math.inf if holder.board is None or holder.have.all() else 0.0
+        self._rest = REST[0]
         self._thread = threading.Thread(target=self._run, name=f"mooncake-p2p-{holder.segment}", daemon=True)
         self._thread.start()
 
@@ -113,25 +142,33 @@ class Worker:
     def _run(self) -> None:
         while not self._stopping:
             try:
-                if not self._jobs and not self._receive():
-                    continue
-                self._connect()
-                while self._jobs and not self._stopping:
-                    self._step()
+                self._wait()
+                segment = self._connect()
+                while not self._stopping:
+                    self._look(segment)
+                    if not self._jobs:
+                        break
+                    self._step(segment)
             except MooncakeError as error:
                 self._fail(error)
             except Exception as error:
                 log.exception("fetching from %s", self.holder.segment)
                 self._fail(PeerLost(f"{self.holder.segment}: {error!r}"))
         self._cancel([*self._jobs])
+        self._drop_look()
         while (job := self._take()) is not None:
             self._cancel([job])
 
-    def _receive(self) -> bool:
-        job = self._given.get()
-        if job is not None:
-            self._jobs.append(job)
-        return job is not None
+    def _wait(self) -> None:
+        """For a job, or until it is time to look at the board."""
+        if self._jobs:
+            return
+        left = None if self._next_look == math.inf else max(0.0, self._next_look - time.monotonic())
+        try:
+            if (job := self._given.get(timeout=left)) is not None:
+                self._jobs.append(job)
+        except queue.Empty:
+            pass
 
     def _take(self) -> Job | None:
         try:
@@ -139,27 +176,64 @@ class Worker:
         except queue.Empty:
             return None
 
-    def _connect(self) -> None:
-        segment = self._engine.open_segment(self.holder.segment)
-        if segment.descriptor.generation != self.holder.generation:
-            raise PeerLost(f"segment {self.holder.segment!r} now belongs to another process than the record says")
-        self.transport = segment.transport
-        self._segment = segment
+    def _connect(self) -> Segment:
+        """The segment, opened again after a failure."""
+        if self._segment is None:
+            segment = self._engine.open_segment(self.holder.segment)
+            if segment.descriptor.generation != self.holder.generation:
+                raise PeerLost(f"segment {self.holder.segment!r} now belongs to another process than the record says")
+            self.transport = segment.transport
+            self._segment = segment
+        return self._segment
 
-    def _step(self) -> None:
+    def _look(self, segment: Segment) -> None:
+        """Take in the board that was asked for, or ask for it when it is time."""
+        now = time.monotonic()
+        if self._board is None:
+            if now < self._next_look or self.holder.board is None:
+                return
+            requests = np.zeros(1, REQUEST)
+            requests["opcode"], requests["target_id"], requests["length"] = READ, segment.id, self.copy.nbytes
+            requests["local_addr"], requests["remote_addr"] = self.copy.ctypes.data, self.holder.board.address
+            self._board = _BoardRead(self._engine.submit(requests), now)
+        batch = self._board.batch
+        if not (batch.done if self._jobs else batch.join(LOOK)):
+            if now - self._board.since > self._silence and not self._jobs:
+                raise PeerLost(f"segment {self.holder.segment!r} does not answer")
+            return
+        self._board = None
+        if (error := batch.error) is not None:
+            raise error
+        self._tell()
+
+    def _tell(self) -> None:
+        assert self.holder.board is not None
+        found = read_board(self.copy, self.holder.board.token, len(self.holder.have))
+        if found is None:
+            raise PeerLost(f"segment {self.holder.segment!r} does not offer the object any more")
+        self._rest = REST[0]
+        pause = self._listener.news(self.holder, *found)
+        self._next_look = math.inf if pause is None else time.monotonic() + pause
+
+    def _drop_look(self) -> None:
+        if self._board is not None:
+            _end(self._board.batch)
+            self._board = None
+
+    def _step(self, segment: Segment) -> None:
         """Ask for more, then take in the piece that was asked for first."""
         self._drop_abandoned()
-        self._ask()
+        self._ask(segment)
         if self._pieces:
             self._take_in(self._pieces[0])
 
-    def _ask(self) -> None:
+    def _ask(self, segment: Segment) -> None:
         window = self._listener.window(self.holder.segment)
         while self._bytes < window or not self._pieces:
             job = next((job for job in self._jobs if job.asked < job.end), None) or self._more()
             if job is None:
                 return
-            self._submit(job)
+            self._submit(job, segment)
 
     def _more(self) -> Job | None:
         job = self._take() or self._listener.next_job(self.holder.segment)
@@ -167,11 +241,11 @@ class Worker:
             self._jobs.append(job)
         return job
 
-    def _submit(self, job: Job) -> None:
+    def _submit(self, job: Job, segment: Segment) -> None:
         begin, end = job.asked, min(job.asked + PIECE, job.end)
         pairs = pair(job.target, self._remote, begin, end)
         requests = np.empty(len(pairs), REQUEST)
-        requests["opcode"], requests["target_id"] = READ, self._segment.id
+        requests["opcode"], requests["target_id"] = READ, segment.id
         requests["local_addr"], requests["remote_addr"], requests["length"] = zip(*pairs, strict=True)
         batch = self._engine.submit(requests)
         self._pieces.append(_Piece(job, begin, end, batch, time.monotonic()))
@@ -213,6 +287,11 @@ class Worker:
     def _fail(self, error: MooncakeError) -> None:
         jobs = [*self._jobs]
         self._abort(jobs)
+        self._drop_look()
+        self._segment = None
+        if self._next_look != math.inf:
+            self._next_look = time.monotonic() + self._rest
+            self._rest = min(2 * self._rest, REST[1])
         self._listener.failed(self.holder.segment, jobs, error)
 
     def _abort(self, jobs: list[Job]) -> None:

@@ -34,6 +34,7 @@ from mooncake_hpc.memory import containing, describe
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.metadata.store import open_store
 from mooncake_hpc.metadata.watch import Changes, Watch
+from mooncake_hpc.p2p.board import Board, MemoryPool, board_size
 from mooncake_hpc.p2p.catalogue import CURRENT, Announcer, Catalogue, Holder, ObjectInfo, version_of
 from mooncake_hpc.p2p.digests import DEFAULT, hashers
 from mooncake_hpc.p2p.layout import Memory
@@ -85,6 +86,7 @@ class _Held:
     registered: list[Bytes]  # what was registered for it alone
     seed: bool
     have: Bits
+    board: Board | None = None  # while a pull is under way, and as long as others may look at it
     pull: Pull | None = None
     announcer: Announcer | None = None
     watch: Watch | None = None
@@ -128,6 +130,7 @@ class P2PStore:
             raise
         self.engine = engine
         self.name = engine.name
+        self._boards, self._copies = MemoryPool(engine, True), MemoryPool(engine, False)
         self._catalogue = Catalogue(store, self._settings.metadata_cluster_id)
         self._host = host_identity()
 
@@ -328,12 +331,19 @@ class P2PStore:
             if held.announcer is not None:
                 held.announcer.changed()
 
-        def claimed() -> None:
-            if held.announcer is not None:
-                held.announcer.changed()
-
         wanted = np.ones(manifest.shards, bool)
-        held.pull = Pull(self.engine, manifest, Memory(held.arrays), self._host, wanted, held.have, verified, claimed)
+        held.board = Board(self._boards.take(board_size(manifest.shards)), held.have)
+        held.pull = Pull(
+            self.engine,
+            manifest,
+            Memory(held.arrays),
+            self._host,
+            wanted,
+            held.have,
+            verified,
+            self._copies,
+            held.board,
+        )
         self._offer(held)
         self._run(held, deadline, cancel, progress)
         assert held.announcer is not None
@@ -381,7 +391,7 @@ class P2PStore:
         self.engine.register_many(pieces, remote_accessible=False)
         try:
             memory = Memory([head, target, tail], low)
-            held.pull = Pull(self.engine, manifest, memory, self._host, wanted, held.have, lambda _: None, lambda: None)
+            held.pull = Pull(self.engine, manifest, memory, self._host, wanted, held.have, lambda _: None, self._copies)
             self._follow(held)
             self._run(held, deadline, cancel, progress)
             return Replica(manifest, [target], held.pull.progress)
@@ -407,7 +417,7 @@ class P2PStore:
         while (now := time.monotonic()) - since < quiet:
             if now > end:
                 return False
-            if any(self.name in holder.fetching for holder in [*held.records.values()]):
+            if any(self.name in holder.sources for holder in [*held.records.values()]):
                 since = now
             time.sleep(min(0.05, quiet))
         return True
@@ -471,12 +481,21 @@ class P2PStore:
 
     def _record(self, held: _Held) -> Holder:
         bases = tuple(int(array.ctypes.data) if array.nbytes else 0 for array in held.arrays)
-        pull = held.pull
-        fetching = {}
+        pull, board = held.pull, held.board
+        sources: tuple[str, ...] = ()
         if pull is not None:
             with pull.lock:
-                fetching = pull.swarm.fetching()
-        return Holder(self.name, self.engine.generation, self._host, bases, held.have.copy(), fetching, held.seed)
+                sources = tuple(pull.swarm.fetching())
+        return Holder(
+            self.name,
+            self.engine.generation,
+            self._host,
+            bases,
+            held.have.copy(),
+            None if board is None else board.place,
+            sources,
+            held.seed,
+        )
 
     def _follow(self, held: _Held) -> None:
         held.watch = self._catalogue.store.watch(
@@ -531,6 +550,8 @@ class P2PStore:
                 self._catalogue.withdraw(held.manifest)
             except MetadataError as error:
                 log.warning("object %r: records stay until our lease ends: %s", held.manifest.name, error)
+        if held.board is not None:
+            self._boards.give(held.board.memory)
         self._unregister_memory(held)
 
 

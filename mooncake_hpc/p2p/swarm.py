@@ -5,9 +5,10 @@ from whom. The rules:
 
 1. *A host pulls a shard over the wire once.* What a process of this host holds is copied from it. What none holds is
    pulled by the one process whose turn it is.
-2. *What only one holder has leaves it once.* Of the readers one has the turn, by a hash of reader and shard that all
-   of them compute alike (rendezvous hashing), so that readers which start together share the object among themselves
-   without a word. Who has nothing else to do takes a turn that is not his.
+2. *What no reader has leaves the first holder once.* Such shards leave in their order, a few at a time, and the readers
+   take turns in an order that all of them compute alike: readers which start together share the object among themselves
+   without a word. A turn that is not taken for long passes to the next one. As long as there are such shards, those who
+   hold all give nothing else: their links carry what only they can give.
 3. *Rarest first* among what several have.
 4. *Least loaded source*: a source that serves `SLOTS` readers already is left to them as long as another one, less
    loaded, has something for us. The first holder is a source like any other.
@@ -29,16 +30,18 @@ import numpy as np
 import numpy.typing as npt
 
 Bits = npt.NDArray[np.bool_]
+Shards = npt.NDArray[np.int64]
 
-WIDTH = 6  # sources beyond the wire that one reader uses at a time
+WIDTH = 8  # sources beyond the wire that one reader uses at a time
 SLOTS = 3  # readers that a source beyond the wire serves at a time, where there is a choice
 FIRST = 3  # readers that begin together: the others have something from these sooner than from the first holder
+NEWS = 0.06  # seconds until a reader's news are everywhere
 REST = (0.25, 8.0)  # seconds that a source which failed is left alone: at first, and at most
 HORIZON = 0.02  # seconds of a source's rate that are asked of it in advance
 AHEAD = (256 << 10, 8 << 20)  # bytes, at least and at most, asked of a source in advance
 SLOW = 3.0  # a shard is raced when its source is so many times slower than another one
 STUCK = 1.0  # seconds without a byte after which a source counts as slow
-PATIENCE = 0.5  # seconds that a reader with nothing to do leaves to others what they are fetching
+PATIENCE = 0.5  # seconds after which a turn passes on, and a reader with nothing to do takes what it can get
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,11 @@ class Swarm:
         self._holders = np.zeros(len(sizes), np.int32)  # others that hold a shard
         self._coming = np.zeros(len(sizes), np.int32)  # others that are fetching it
         self._here = np.zeros(len(sizes), np.int32)  # others of this host that hold it
-        self._turns: tuple[Bits, Bits] | None = None
+        self._copies = np.zeros(len(sizes), np.int32)  # others that hold a shard and not all
+        self._whole = 0  # others that hold all
+        self._awaited: dict[int, float] = {}  # shards that no reader had: since when
+        self._order: tuple[int, int, int, int] | None = None
+        self._ours: Bits | None = None
         self._idle_since: float | None = None
 
     # --- what others say ------------------------------------------------------------------------------------
@@ -101,11 +108,11 @@ class Swarm:
         known = self.sources.get(view.name)
         if known is None:
             self.sources[view.name] = Source(view, view.host == self.host, claims(view.name, len(self.sizes)))
-            self._turns = None
+            self._order = self._ours = None
         else:
             self._count(known.view, -1)
             if known.view.have.all() != view.have.all():
-                self._turns = None
+                self._order = self._ours = None
             known.view = view
         self._count(view, 1)
 
@@ -114,7 +121,7 @@ class Swarm:
         source = self.sources.get(name)
         if source is None:
             return
-        self._turns = None
+        self._order = self._ours = None
         self._count(source.view, -1)
         if source.begun:  # its worker still has to report
             source.view = View(name, source.view.host, np.zeros(len(self.sizes), bool))
@@ -123,6 +130,10 @@ class Swarm:
 
     def _count(self, view: View, sign: int) -> None:
         self._holders += sign * view.have
+        if view.have.all():
+            self._whole += sign
+        else:
+            self._copies += sign * view.have
         if view.host == self.host:
             self._here += sign * view.have
         for shards in view.fetching.values():
@@ -163,33 +174,51 @@ class Swarm:
         return self._take_turn(source, open_, now)
 
     def _take_turn(self, source: Source, open_: Bits, now: float) -> int | None:
-        load = self.load(source.view.name)
-        self._idle(now)
-        all_turns, our_turns = self._whose_turn()
-        only_there = source.view.have & (self._holders == 1) & ~self.have
-        if only_there.any():
-            free = open_ & only_there & (self._coming == 0) & our_turns
-            if (mine := free & all_turns).any():
-                return self._rarest(mine) if self._before_us() < FIRST else None
-            if free.any() and load + self._before_us() < SLOTS:
-                return int(np.argmin(np.where(free, self._rival, 2.0)))
-            if not self._waited(now):
-                return None
+        """A shard that no reader has yet and whose turn it is, or one that readers have."""
+        fresh = source.view.have & ~self.have & (self._copies == 0)
+        bored = self._bored(now)
+        if fresh.any():
+            shard = self._first_copy(source, np.flatnonzero(fresh), open_, now)
+            if shard is not None or not bored:
+                return shard
         if not source.begun and self._width() >= WIDTH:
             return None
-        common = open_ & our_turns & (self._holders > 1)
-        if common.any():
-            return None if load >= SLOTS and self._others_will_do(source, load, now) else self._rarest(common)
-        return self._rarest(open_) if self._waited(now) else None
+        common = open_ & (self._copies > 0) & self._ours_here()
+        if not common.any():
+            return None
+        load = self.load(source.view.name)
+        return None if load >= SLOTS and self._others_will_do(source, load, now) else self._rarest(common)
 
-    def _before_us(self) -> int:
-        """Readers that have nothing to do as we have, and come first."""
-        if self.under_way.any() or self.have.any():
-            return 0
-        return sum(
-            not other.view.have.any() and not other.view.fetching and name < self.me
-            for name, other in self.sources.items()
-        )
+    def _first_copy(self, source: Source, fresh: Shards, open_: Bits, now: float) -> int | None:
+        """The first of the shards `fresh` that is ours to fetch now."""
+        room = self._window(source)
+        patience = max(PATIENCE, SLOW * int(self.sizes[0]) / source.rate if source.rate else 0.0)
+        for shard in fresh:
+            passed = int((now - self._awaited.setdefault(int(shard), now)) / patience)
+            if open_[shard] and (passed or not self._coming[shard]) and self._turn(shard, passed):
+                return int(shard)
+            room -= not passed
+            if room <= 0:
+                break
+        return None
+
+    def _window(self, source: Source) -> int:
+        """Shards that may be leaving for the first time at once: few until readers have something to give to others,
+        so that the first shards come soon; more where many leave in the time that news take."""
+        giving = bool(self.have.any()) + sum(bool(s.view.have.any()) for s in self.sources.values()) - self._whole
+        rate = source.rate * (1 + self.load(source.view.name))
+        return FIRST * self._whole + giving + int(rate * NEWS / self.sizes[0])
+
+    def _turn(self, shard: int, passed: int) -> bool:
+        """Whether the shard is ours to fetch first, after `passed` others had their time. Hosts take turns, and the
+        readers on a host."""
+        if self._order is None:
+            pulling = [s.view for s in self.sources.values() if not s.view.have.all() and not s.failures]
+            hosts = sorted({view.host for view in pulling} | {self.host})
+            mates = sorted([view.name for view in pulling if view.host == self.host] + [self.me])
+            self._order = len(hosts), hosts.index(self.host), len(mates), mates.index(self.me)
+        all_hosts, host, all_mates, mate = self._order
+        return (shard + passed) % all_hosts == host and (shard // all_hosts + passed) % all_mates == mate
 
     def _rarest(self, open_: Bits) -> int | None:
         shards = np.flatnonzero(open_)
@@ -200,28 +229,21 @@ class Swarm:
     def _width(self) -> int:
         return sum(1 for other in self.sources.values() if other.begun and not other.local)
 
-    def _whose_turn(self) -> tuple[Bits, Bits]:
-        """Shards that are ours to pull first: of all readers, and of those of this host."""
-        if self._turns is None:
-            rivals = [s for s in self.sources.values() if not s.view.have.all()]
-            none = np.zeros(len(self.sizes), np.float32)
-            self._rival = np.maximum.reduce([none, *(rival.claim for rival in rivals)])
-            mates = np.maximum.reduce([none, *(rival.claim for rival in rivals if rival.local)])
-            self._turns = self._claim > self._rival, self._claim > mates
-        return self._turns
+    def _ours_here(self) -> Bits:
+        """Shards that are ours to fetch, of the readers of this host."""
+        if self._ours is None:
+            mates = [s.claim for s in self.sources.values() if s.local and not s.view.have.all()]
+            self._ours = self._claim > np.maximum.reduce([np.zeros_like(self._claim), *mates])
+        return self._ours
 
-    def _waited(self, now: float) -> bool:
-        """Whether we have had nothing to do for long."""
-        return self._idle(now) and now - (self._idle_since or now) >= PATIENCE
-
-    def _idle(self, now: float) -> bool:
-        """Whether nothing is under way to us."""
+    def _bored(self, now: float) -> bool:
+        """Whether nothing has been under way to us for long."""
         if self.under_way.any():
             self._idle_since = None
             return False
         if self._idle_since is None:
             self._idle_since = now
-        return True
+        return now - self._idle_since >= PATIENCE
 
     def _others_will_do(self, source: Source, load: int, now: float) -> bool:
         """Whether a less loaded source has something for us."""

@@ -7,6 +7,7 @@ import pytest
 from simulation import SHARD, Simulation
 
 from mooncake_hpc.errors import ConfigError, MetadataError
+from mooncake_hpc.p2p.board import CLAIMS, Board, Place, board_size, by_source, read_board, source_id
 from mooncake_hpc.p2p.catalogue import Holder
 from mooncake_hpc.p2p.digests import ALGORITHMS, digest_size, hashers
 from mooncake_hpc.p2p.layout import Layout, Memory, pair
@@ -161,7 +162,7 @@ def test_a_manifest_with_too_few_digests_is_refused() -> None:
 
 def test_record_there_and_back() -> None:
     for have in (bits(0, 3), bits(), bits(0, 1, 2, 3), bits(of=0)):
-        one = Holder("h:1", "g", "host", (1 << 47, 4096), have, {"other": (1, 2)} if len(have) else {}, True)
+        one = Holder("h:1", "g", "host", (1 << 47, 4096), have, Place(4096, 7) if len(have) else None, ("other",), True)
         again = Holder.from_json(one.to_json(), "k")
         assert np.array_equal(again.have, have) and again.to_json() == one.to_json()
     for text in ("", "{}", one.to_json().replace('"shards":0', '"shards":"x"')):
@@ -169,9 +170,38 @@ def test_record_there_and_back() -> None:
             Holder.from_json(text, "k")
 
 
+@pytest.mark.parametrize("shards", [1, 8, 63, 64, 65, 1000])
+def test_a_board_shows_what_is_here_and_what_is_coming(shards: int) -> None:
+    have = np.random.default_rng(shards).integers(0, 2, shards).astype(bool)
+    board = Board(np.zeros(board_size(shards), np.uint8), have)
+    names = {source_id(name): name for name in ("a", "b")}
+    for shard in range(0, shards, 3):
+        board.hold(shard)
+        have[shard] = True
+    for source, shard in (("a", 0), ("b", shards - 1), ("a", shards - 1), ("c", 0)):
+        board.claim(source, shard)
+    board.unclaim("b", shards - 1)
+    board.unclaim("b", 0)  # was none
+    found = read_board(board.memory.copy(), board.place.token, shards)
+    assert found is not None and np.array_equal(found[0], have)
+    assert {name: set(claimed) for name, claimed in by_source(found[1], names).items()} == {"a": {0, shards - 1}}
+    assert read_board(board.memory, board.place.token + 1, shards) is None
+
+
+def test_a_board_has_room_for_so_many_claims() -> None:
+    board = Board(np.zeros(board_size(100), np.uint8), np.zeros(100, bool))
+    for shard in range(100):
+        board.claim("a", shard)
+    for shard in range(100):
+        board.unclaim("a", shard)
+    board.claim("a", 99)
+    found = read_board(board.memory, board.place.token, 100)
+    assert found is not None and found[1] == [(source_id("a"), 99)] and CLAIMS < 100
+
+
 def test_a_record_of_a_terabyte_is_small() -> None:
     have = np.random.default_rng(1).integers(0, 2, 16384).astype(bool)
-    assert len(Holder("host:12345", "0" * 16, "0" * 16, (1 << 46,), have, {"host:1": (1, 2)}).to_json()) < 4096
+    assert len(Holder("host:12345", "0" * 16, "0" * 16, (1 << 46,), have, Place(1 << 46, 1 << 60)).to_json()) < 4096
     whole = manifest(sizes=(1 << 40,), shard_size=64 << 20, algorithm="xxh3-128", digests=bytes(16 * 16384), parts=())
     assert len(whole.to_json()) < 400_000
 

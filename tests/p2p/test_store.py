@@ -26,6 +26,7 @@ from mooncake_hpc.errors import (
 from mooncake_hpc.p2p import P2PStore, source
 from mooncake_hpc.p2p.files import fetch_path, register_path
 from mooncake_hpc.p2p.pull import Progress
+from mooncake_hpc.remote import Segment
 from mooncake_hpc.settings import Settings
 
 Open = Callable[..., P2PStore]
@@ -52,9 +53,9 @@ def slow_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     """A piece takes 20 ms at least."""
     step = source.Worker._step
 
-    def slowly(worker: source.Worker) -> None:
+    def slowly(worker: source.Worker, segment: Segment) -> None:
         time.sleep(0.02)
-        step(worker)
+        step(worker, segment)
 
     monkeypatch.setattr(source.Worker, "_step", slowly)
 

@@ -1,0 +1,108 @@
+"""The fan-out benchmark: rounds over limited links, then the two cases without a limit; JSON and Markdown."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from contenders import Failed, Stage
+from load import Watch, calm
+from p2p_cases import LINKS, MIB, NEEDS, Links, Round, bench_tcp, one_reader_tcp, readers_of_one_host
+from p2p_hosts import Fleet, Hosts
+from p2p_report import Results
+
+RESULTS = Path(__file__).resolve().parent / "results"
+READERS = 8
+
+Tell = Callable[[str], None]
+
+
+def limited(options: argparse.Namespace, results: Results, tell: Tell) -> None:
+    """Rounds over hosts with limited links."""
+    chosen = [name for name in LINKS if not options.only or name in options.only or needed(name, options.only)]
+    with Hosts(1 + READERS, options.rate) as hosts, Fleet(1 + READERS, hosts, "tcp") as fleet:
+        links = Links(fleet, hosts, options.size * MIB, options.shard * MIB)
+        links.pull(READERS)  # connections
+        for number in range(options.rounds):
+            calm(0.15, options.calm, tell)
+            watch = Watch(lambda: fleet.cpu_seconds() + sum(os.times()[:4]), interrupts=False)
+            seen: Round = {}
+            for name in chosen:
+                seen[name] = LINKS[name](links, seen)
+                tell(f"round {number + 1} of {options.rounds}: {name} {seen[name].seconds:.3f} s, "
+                     f"{seen[name].cpu:.2f} CPU s, {seen[name].seeded:.2f} objects from the seed")  # fmt: skip
+            results.links.append(seen)
+            results.others.append(watch.others())
+
+
+def needed(name: str, only: Sequence[str]) -> bool:
+    return any(name in NEEDS.get(other, ()) for other in only)
+
+
+def unlimited(options: argparse.Namespace, results: Results, tell: Tell) -> None:
+    """Rounds of one reader over tcp, and of eight on one host."""
+    size = options.large * MIB
+    with Stage("", size) as stage:
+        for number in range(options.rounds):
+            calm(0.15, options.calm, tell)
+            seen: Round = {"tcp": one_reader_tcp(stage, size), "bench": bench_tcp(stage, size)}
+            seen["shm"], seen["copyto"] = readers_of_one_host(READERS, size // 2)
+            results.host.append(seen)
+            told = ", ".join(f"{name} {sample.rate / 1e9:.2f} GB/s" for name, sample in seen.items())
+            tell(f"round {number + 1} of {options.rounds}: {told}")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/p2p",
+        description="Measures the P2P Store's fan-out on virtual hosts with limited links, beside a star, MPI_Bcast "
+        "and a chain in mpi4py, then without limits; writes p2p.json and p2p.md. Root only. Exit code: 0, whatever was "
+        "reached; 1 when something failed.",
+    )
+    parser.add_argument("only", nargs="*", help=f"samples to take over limited links: {', '.join(LINKS)} [all]")
+    parser.add_argument("--rounds", type=int, default=3, help="[%(default)s]")
+    parser.add_argument("--rate", default="200mbit", help="of each link [%(default)s]")
+    parser.add_argument("--size", type=int, default=64, help="MiB of the object over limited links [%(default)s]")
+    parser.add_argument("--shard", type=int, default=1, help="MiB of its shards [%(default)s]")
+    parser.add_argument("--large", type=int, default=512, help="MiB of the object without limits [%(default)s]")
+    parser.add_argument("--part", choices=("all", "limited", "unlimited"), default="all")
+    calm_help = "before each round wait at most this long for others to leave the machine alone"
+    parser.add_argument("--calm", type=float, default=0.0, metavar="SECONDS", help=calm_help)
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="[benchmarks/results]")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.only) - LINKS.keys():
+        parser.error(f"no such sample: {', '.join(sorted(unknown))}; there are {', '.join(LINKS)}")
+    return options
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parse(arguments)
+    shown: dict[str, Any] = {name: value for name, value in vars(options).items() if name != "output"}
+    results = Results({**shown, "load_average": os.getloadavg()[0]})
+    begin = time.monotonic()
+
+    def tell(text: str) -> None:
+        print(f"{time.monotonic() - begin:6.1f} {text}", file=sys.stderr, flush=True)
+
+    try:
+        if options.part != "unlimited":
+            limited(options, results, tell)
+        if options.part != "limited":
+            unlimited(options, results, tell)
+    except Failed as error:
+        results.failure = str(error)
+    except KeyboardInterrupt:
+        results.failure = "interrupted"
+    results.seconds = round(time.monotonic() - begin, 1)
+    results.write(options.output)
+    print(results.markdown())
+    return 1 if results.failure else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
