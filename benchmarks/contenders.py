@@ -178,12 +178,13 @@ class Stage:
         return f"127.0.0.1:{next(self._numbers)}"
 
     def ours(self, protocol: str) -> Target:
-        return self._target(f"ours/{protocol}", OUR_BENCH, protocol)
+        return self.target(f"ours/{protocol}", OUR_BENCH, protocol)
 
     def original(self) -> Target:
-        return self._target("original", self.original_bench, "tcp")
+        return self.target("original", self.original_bench, "tcp")
 
-    def _target(self, key: str, command: tuple[str, ...], protocol: str) -> Target:
+    def target(self, key: str, command: tuple[str, ...], protocol: str) -> Target:
+        """The target of this key, started by `command` when it is first asked for."""
         if key not in self._targets:
             name = self.unused_name()
 

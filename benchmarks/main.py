@@ -46,13 +46,22 @@ def run_case(case: Case, stage: Stage, pairs: int, seconds: float, tell: Callabl
     return result
 
 
-def choose(patterns: Sequence[str]) -> tuple[list[Case], bool]:
+def suite(name: str) -> Sequence[Case]:
+    """The cases on loopback, or those over RDMA."""
+    if name == "rdma":
+        from rdma_cases import CASES as RDMA_CASES
+
+        return RDMA_CASES
+    return CASES
+
+
+def choose(cases: Sequence[Case], patterns: Sequence[str]) -> tuple[list[Case], bool]:
     """The cases whose names match one of the patterns (all without any), and whether resources are asked for."""
 
     def wanted(name: str) -> bool:
         return not patterns or any(fnmatch.fnmatch(name, f"*{pattern}*") for pattern in patterns)
 
-    return [case for case in CASES if wanted(case.name)], wanted(FACTS)
+    return [case for case in cases if wanted(case.name)], cases is CASES and wanted(FACTS)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -81,6 +90,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="before each case wait at most this long for others to leave the machine alone [%(default)s]",
     )
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="[benchmarks/results]")
+    parser.add_argument("--suite", choices=("tcp", "rdma"), default="tcp", help=argparse.SUPPRESS)
     parser.add_argument("--original", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.pairs < 1 or options.seconds <= 0 or options.batches < 1 or options.idle <= 0:
@@ -116,9 +126,10 @@ def measure(options: argparse.Namespace, cases: list[Case], with_facts: bool, re
 
 def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
-    cases, with_facts = choose(options.case)
+    known = suite(options.suite)
+    cases, with_facts = choose(known, options.case)
     if options.list:
-        print("\n".join([*(case.name for case in CASES), FACTS]))
+        print("\n".join([*(case.name for case in known), *([FACTS] if known is CASES else [])]))
         return 0
     if not cases and not with_facts:
         print(f"benchmarks/run: no case matches {' '.join(options.case)}; see --list", file=sys.stderr)
@@ -131,7 +142,7 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: writing what there is", file=sys.stderr)
     results.seconds = round(time.monotonic() - begin, 1)
-    results.write(options.output)
+    results.write(options.output, "rdma" if options.suite == "rdma" else "bench")
     print(results.markdown())
     for text in results.missed:
         print(f"not reached: {text}", file=sys.stderr)

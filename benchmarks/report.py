@@ -72,12 +72,12 @@ class Results:
             "missed": self.missed,
         }
 
-    def write(self, folder: Path) -> None:
-        """bench.json and bench.md. Raises OSError."""
+    def write(self, folder: Path, name: str = "bench") -> None:
+        """<name>.json and <name>.md. Raises OSError."""
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False)
-        (folder / "bench.json").write_text(text + "\n", encoding="utf-8")
-        (folder / "bench.md").write_text(self.markdown(), encoding="utf-8")
+        (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        (folder / f"{name}.md").write_text(self.markdown(), encoding="utf-8")
 
     def markdown(self) -> str:
         here = machine()
@@ -154,13 +154,19 @@ def _speed_table(results: list[CaseResult]) -> list[str]:
 
 
 def _speed(result: CaseResult, contender: str) -> str:
-    """Throughput, or where one small request goes at a time, its latency."""
-    rate = result.median(contender, "bytes_per_second")
-    requests = result.median(contender, "requests_per_second")
-    if rate is None or requests is None:
+    """Throughput, or where one small request goes at a time, its latency: median, least and greatest."""
+    if not result.rounds:
         return "-"
     load = result.case.load
-    return f"{1e6 / requests:.1f} µs" if load.batch * load.threads == 1 else f"{rate / 1e9:.2f} GB/s"
+    if load.batch * load.threads == 1:
+        return _range([1e6 / seen[contender].requests_per_second for seen in result.rounds], "µs")
+    rates = [seen[contender].bytes_per_second for seen in result.rounds]
+    return _range([r / 1e9 for r in rates], "GB/s") if median(rates) > 5e8 else _range([r / 1e6 for r in rates], "MB/s")
+
+
+def _range(values: list[float], unit: str) -> str:
+    digits = 2 if unit == "GB/s" else 1
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f}) {unit}"
 
 
 def _fact_row(fact: Fact) -> list[str]:

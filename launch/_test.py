@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / ".mooncake" / "test"
+NO_WAY = 125  # exit code of launch/_rdma.sh where RDMA devices cannot be had
 SECOND_TRIES = 4  # more failures than this are no stall
 ACCEPTED_SKIPS = ("hardware:", "Test requires", "need at least", "Tests marked")
 
@@ -37,6 +38,8 @@ class Part:
     unsteady: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
+    optional: bool = False  # runs only where it is named
+    note: str = ""  # why it did not run
 
     @property
     def folder(self) -> Path:
@@ -49,10 +52,11 @@ def parts(fast: bool, mpirun: str, extra: list[str]) -> list[Part]:
     ruff = [python, "-m", "ruff"]
     pytest = ["-m", "pytest", "-q", *extra]
     result = [Part("lint", [[*ruff, "check", "."], [*ruff, "format", "--check", "."], [python, "-m", "mypy"]], 300)]
+    others = [f"--ignore=tests/{folder}" for folder in ("mpi", "p2p", "rdma")]
     for name, marks in {"unit": "not interop", "interop": "interop"}.items():
         if not (fast and name == "interop"):
             chosen = ["-m", "not slow and not interop" if fast else marks]
-            command = [python, *pytest, *chosen, "--durations=8", "--ignore=tests/mpi", "--ignore=tests/p2p"]
+            command = [python, *pytest, *chosen, "--durations=8", *others]
             result.append(Part(name, [[*command, "--junitxml", str(OUT / name / "r.xml")]], 1200))
     p2p = [python, *pytest, *(["-m", "not slow"] if fast else []), "--durations=8", "tests/p2p"]
     result.append(Part("p2p", [[*p2p, "--junitxml", str(OUT / "p2p" / "r.xml")]], 360))
@@ -64,6 +68,9 @@ def parts(fast: bool, mpirun: str, extra: list[str]) -> list[Part]:
         tests = [python, "-m", "mpi4py", *pytest, "-x", "--with-mpi", "--timeout-method=thread", "tests/mpi"]
         tests += ["-m", "not slow"] if fast else []
         result.append(Part(f"mpi{ranks}", [[*command, *tests, "--junitxml", str(folder / "r.xml")]], 300))
+    if not fast:
+        command = [str(ROOT / "launch" / "_rdma.sh"), str(OUT / "rdma"), *extra]
+        result.append(Part("rdma", [command], 720, optional=True))
     return result
 
 
@@ -77,9 +84,13 @@ def run(part: Part) -> None:
         code = run_command(command, left)
         if code is None:
             part.complaints.append(f"not done after {part.limit:.0f} s: {' '.join(command[:6])} …")
+        elif code == NO_WAY and part.optional and not os.environ.get("CI"):
+            part.note = "not run: this machine has no way to run it"
         elif code:
             part.complaints.append(f"exit code {code}: {' '.join(command[:6])} …")
-    if part.name == "lint":
+    if part.note:
+        pass
+    elif part.name == "lint":
         part.passed, part.failed = len(part.commands) - len(part.complaints), list(part.complaints)
     else:
         read_results(part)
@@ -173,7 +184,9 @@ def report(done: list[Part], setup: float) -> int:
     passed, failed, unsteady = (sum(column) for column in zip(*(counts(p) for p in done), strict=True))
     print(f"{'all':<10}{setup + sum(p.seconds for p in done):>9.1f}{passed:>8}{unsteady:>10}{failed:>8}")
     complaints = [f"{p.name}: {c}" for p in done for c in p.complaints]
-    for line in [f"{p.name}: passed at the second try only: {t}" for p in done for t in p.unsteady] + complaints:
+    notes = [f"{p.name}: {p.note}" for p in done if p.note]
+    unsteady_lines = [f"{p.name}: passed at the second try only: {t}" for p in done for t in p.unsteady]
+    for line in [*notes, *unsteady_lines, *complaints]:
         print(line)
     bad = failed or complaints
     print(f"{passed} passed" + (f", {failed} failed, {len(complaints)} complaints: NOT OK" if bad else ""))
@@ -190,14 +203,14 @@ def main() -> int:
     parser.add_argument("--mpirun", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--setup-seconds", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--pytest", default="", help="arguments for pytest, in one word: --pytest='-k etcd'")
-    parser.add_argument("part", nargs="*", help="only these: lint unit interop p2p mpi1 mpi2 mpi4")
+    parser.add_argument("part", nargs="*", help="only these: lint unit interop p2p mpi1 mpi2 mpi4 rdma")
     options = parser.parse_args()
     all_parts = parts(options.fast, options.mpirun, options.pytest.split())
     unknown = set(options.part) - {p.name for p in all_parts}
     if unknown:
         known = ", ".join(p.name for p in all_parts)
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {known}")
-    chosen = [p for p in all_parts if not options.part or p.name in options.part]
+    chosen = [p for p in all_parts if p.name in options.part or not (options.part or p.optional)]
     for part in chosen:
         print(f"== {part.name}", flush=True)
         run(part)

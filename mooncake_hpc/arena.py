@@ -20,7 +20,7 @@ LARGEST_KEPT = 1 << 14  # requests
 class Arena:
     """Room for `capacity` requests. `words` are those of `kernels.lane`'s batch block."""
 
-    __slots__ = ("_array", "address", "capacity", "requests", "status", "words")
+    __slots__ = ("_array", "_bytes", "address", "capacity", "requests", "status", "words")
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -30,11 +30,17 @@ class Arena:
         self.address = int(self._array.ctypes.data)
         self.words = self._array.data  # its items are Python ints, and quick to read
         self.requests: Requests = self._array[starts[1] : starts[2]].view(REQUEST)
+        self._bytes = self.requests.view(np.uint8).data
         self.status: npt.NDArray[np.int8] = self._array[starts[3] : starts[4]].view(np.int8)
         for word, part in ((layout.REQUESTS, 1), (layout.PENDING, 2), (layout.STATUS, 3), (layout.SLICES, 4)):
             self.words[word // 8] = self.address + 8 * starts[part]
         self.words[layout.ROOM // 8] = capacity + SPARE
         self.words[layout.BATCH_ONE // 8] = 1
+
+    def fill(self, requests: Requests) -> None:
+        """Take over requests as bytes: numpy's own assignment of records goes field by field, which costs ten times."""
+        data = requests.tobytes()
+        self._bytes[: len(data)] = data
 
 
 class ArenaPool:

@@ -101,14 +101,16 @@ class Batch:
 
     def join(self, timeout: float | None = None) -> bool:
         """As `wait`, but says whether the batch is done, and raises nothing."""
-        end = None if timeout is None else time.monotonic_ns() + int(timeout * 1e9)
-        while not self._finished():
+        if self._finished():
+            return True
+        now = time.monotonic_ns()
+        end = None if timeout is None else now + int(timeout * 1e9)
+        while end is None or now < end:
+            self._drive(now + NATIVE_CALL if end is None else min(now + NATIVE_CALL, end))
+            if self._finished():
+                return True
             now = time.monotonic_ns()
-            if end is not None and now >= end:
-                return False
-            slot = now + NATIVE_CALL
-            self._drive(slot if end is None else min(slot, end))
-        return True
+        return False
 
     def cancel(self, timeout: float = 10.0) -> None:
         """Stop the batch; when this returns nothing touches its buffers any more.

@@ -228,7 +228,7 @@ class TransferEngine:
         if requests.dtype is not REQUEST and requests.dtype != REQUEST:
             raise ConfigError("submit() takes an array of dtype mooncake_hpc.REQUEST")
         arena = self._arenas.take(count)
-        arena.requests[:count] = requests
+        arena.fill(requests)
         # the registrations are held by the batch, so that the memory outlives it
         number = slicer.submit(arena.address, count, self._roads.address)
         if number > 0:

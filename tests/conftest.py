@@ -1,4 +1,4 @@
-"""Shared fixtures: an etcd, clean environments for subprocesses, the launcher, a check for leaks."""
+"""Shared fixtures: an etcd, clean environments for subprocesses, the launcher, RDMA devices, a check for leaks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+RDMA_WAY = os.environ.get("MOONCAKE_TEST_RDMA", "")  # set by launch/_rdma.sh: native, rxe or guest
 LAUNCHERS = ("PMI", "PMIX", "OMPI", "PRTE", "HYDRA", "MPI", "SLURM", "MV2")
 
 
@@ -40,6 +41,28 @@ def etcd() -> Iterator[str]:
 
     with EmbeddedEtcd() as server:
         yield server.endpoint
+
+
+@pytest.fixture(scope="session")
+def nics() -> list[str]:
+    """RDMA devices that can be used, by name. None is a failure under `launch/test rdma` and in CI."""
+    from mooncake_hpc import topology
+
+    found = [device.name for device in topology.devices() if not device.problem]
+    if not found:
+        text = "no RDMA device that can be used; `launch/test rdma` runs this where soft-RoCE can be had"
+        if RDMA_WAY or os.environ.get("CI"):
+            pytest.fail(text)
+        pytest.skip(text)
+    return found
+
+
+@pytest.fixture(scope="session")
+def rxe(nics: list[str]) -> list[str]:
+    """The devices of launch/soft-roce, rxe0 …, which a test may rename, limit and take down."""
+    if RDMA_WAY == "native":
+        pytest.skip("hardware: this machine's own RDMA devices are left as they are")
+    return nics
 
 
 Start = Callable[..., subprocess.Popen[str]]

@@ -26,6 +26,7 @@ from mooncake_hpc.bench.runner import WALL_EXTRA, WALL_FACTOR
 from mooncake_hpc.errors import ConfigError, MooncakeError
 from mooncake_hpc.mpi import Launch, World, default_name, shared_address
 from mooncake_hpc.settings import Settings
+from mooncake_hpc.transports.choice import engine_options
 
 if TYPE_CHECKING:
     from mooncake_hpc import TransferEngine
@@ -69,9 +70,9 @@ def _engine(config: BenchConfig, metadata: str, settings: Settings) -> TransferE
     return TransferEngine(
         config.local_server_name,
         metadata,
-        protocol=config.protocol,
         bind_all=config.bind_all,
         settings=replace(settings, transfer_timeout=config.timeout),
+        **engine_options(config.protocol, config.device_name, config.nic_priority_matrix, config.auto_discovery),
     )
 
 

@@ -27,6 +27,9 @@ class BenchConfig:
     local_server_name: str = ""
     segment_id: str = ""
     protocol: str = "auto"
+    device_name: str = ""  # RDMA devices, commas between; empty: all
+    nic_priority_matrix: str = ""  # a file's name
+    auto_discovery: bool = False
     operation: str = "read"
     block_size: int = 65536  # a request
     batch_size: int = 128  # requests submitted together

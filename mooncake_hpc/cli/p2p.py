@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
 
+from mooncake_hpc import topology
 from mooncake_hpc.cli import glog
 from mooncake_hpc.cli.gflags import Flag, FlagSet, Parsed
+from mooncake_hpc.cli.transport import RDMA_FLAGS, asked
 from mooncake_hpc.errors import ConfigError
 from mooncake_hpc.mpi import Launch, World, default_name, detect, shared_address
 from mooncake_hpc.p2p.digests import ALGORITHMS
@@ -22,7 +25,7 @@ from mooncake_hpc.p2p.job import (
     run_trainer,
 )
 from mooncake_hpc.settings import Settings
-from mooncake_hpc.transports.registry import PROTOCOLS
+from mooncake_hpc.transports.choice import PROTOCOLS, choose
 
 _DEFAULTS = {f.name: f.default for f in fields(P2PConfig)}
 
@@ -65,10 +68,9 @@ FLAGS = FlagSet(
             _flag("timeout", "A pull fails after this; 0: never.", "seconds"),
         ),
         "Transport": (
-            _flag("protocol", "What carries the bytes; auto is shared memory where both sides share a host.",
-                  choices=PROTOCOLS),
-            Flag("device_name", "", "RDMA devices, separated by commas."),
-            Flag("nic_priority_matrix", "", "JSON file of RDMA devices by memory location."),
+            _flag("protocol", "What carries the bytes; auto is shared memory where both sides share a host. Unnamed, "
+                  "and with a device or matrix named, it is rdma.", choices=PROTOCOLS),
+            *RDMA_FLAGS,
         ),
         "Ranks": (
             _flag("alone", "Let one rank pull alone first: what efficiency is measured against."),
@@ -121,7 +123,11 @@ def _tell(flags: Parsed) -> int:
 
 def configure(flags: Parsed, launch: Launch | None) -> P2PConfig:
     """The run that the flags mean. Raises ConfigError for what cannot be."""
-    config = P2PConfig(**{name: flags.values[name] for name in _DEFAULTS})  # type: ignore[arg-type]
+    choice = choose(asked(flags), topology.devices())
+    if choice.notice and (launch is None or launch.rank == 0):
+        print(choice.notice, file=sys.stderr)
+    values = {name: flags.values[name] for name in _DEFAULTS}
+    config = P2PConfig(**{**values, **choice.as_config()})
     if not config.metadata_server:
         raise ConfigError("--metadata_server is missing: host:port of an etcd, etcd://a:1,b:2, or embedded")
     if not config.cmd and launch is None:

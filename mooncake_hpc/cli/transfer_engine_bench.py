@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from mooncake_hpc import topology
 from mooncake_hpc.bench.plan import PATTERNS, BenchConfig
-from mooncake_hpc.bench.protocol import PROTOCOLS, choose, rdma_devices
 from mooncake_hpc.bench.report import UNITS, Units
 from mooncake_hpc.cli import glog
 from mooncake_hpc.cli.gflags import Flag, FlagSet, Parsed
+from mooncake_hpc.cli.transport import RDMA_FLAGS, asked
 from mooncake_hpc.errors import ConfigError
 from mooncake_hpc.mpi import Launch, World, default_name, detect
 from mooncake_hpc.settings import Settings
+from mooncake_hpc.transports.choice import PROTOCOLS, choose
 
 _DEFAULTS = {f.name: f.default for f in fields(BenchConfig)}
 
@@ -57,9 +59,7 @@ FLAGS = FlagSet(
             Flag("protocol", "rdma", "What carries the bytes; auto is shared memory where both sides share a host, "
                  "else tcp. A named one is never replaced; unnamed, and with no RDMA device, it is tcp.",
                  choices=PROTOCOLS),
-            Flag("device_name", "", "RDMA devices, separated by commas."),
-            Flag("nic_priority_matrix", "", "JSON file of RDMA devices by memory location."),
-            Flag("auto_discovery", False, "The same as --protocol=auto, unless a protocol is named."),
+            *RDMA_FLAGS,
             _flag("bind_all", "Listen on all addresses instead of the published one. The data port has no "
                   "authentication."),
             Flag("backend", "classic", "Accepted for the original's command lines.", choices=("classic",)),
@@ -125,14 +125,9 @@ def configure(flags: Parsed, settings: Settings, launch: Launch | None, alone: b
     if alone and not values["local_server_name"]:
         values["local_server_name"] = default_name(launch)
     values["timeout"] = flags.number("timeout") or settings.transfer_timeout
-    protocol, notice = choose(
-        flags.text("protocol"),
-        flags.named,
-        flags.text("device_name"),
-        flags.boolean("auto_discovery"),
-        rdma_devices(),
-    )
-    config = BenchConfig(**{**values, "protocol": protocol})  # type: ignore[arg-type]
+    choice = choose(asked(flags), topology.devices())
+    config = BenchConfig(**{**values, **choice.as_config()})
+    notice = choice.notice
     if config.footprint > config.buffer_size:
         notice += f"\nWARNING: --buffer_size raised from {config.buffer_size} to {config.footprint} bytes"
         config = BenchConfig(**{**config.as_dict(), "buffer_size": config.footprint})

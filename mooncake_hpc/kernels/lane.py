@@ -41,13 +41,13 @@ BELL_WORD = 64  # futex word of the lane's thread; changes to end its sleep
 RESTING = 72  # 1 while the lane's thread sleeps until rung
 CAUSE = 80  # why the lane went down: an errno or one of the codes below
 BYTES = 88  # payload bytes completed
-SPIN = 96  # nanoseconds to poll before sleeping
 PATIENCE = 104  # nanoseconds without any progress after which the connection counts as dead
 PROGRESS = 112  # time of the last progress
 DONE_SLICES = 120  # completed slices of the head entry
-LANE_ONE = 504  # holds 1, written to eventfds
+SPIN = 472  # the leader's spinner (`kernels.spin`), 3 words
 URGENT = 496  # 1: somebody waits who cannot lead (an event loop, or a batch of several lanes)
-LANE_WORDS = 64  # the words from 128 to 495 belong to the transport
+LANE_ONE = 504  # holds 1, written to eventfds
+LANE_WORDS = 64  # the words from 128 to 471 belong to the transport
 
 DOWN, UP, CLOSED = 0, 1, 2
 

@@ -11,6 +11,7 @@ describes (SEND_*); completed <= built <= sent. After a lost connection the lane
 
 from __future__ import annotations
 
+from mooncake_hpc.kernels import spin
 from mooncake_hpc.kernels.lane import (
     AGAIN,
     ASLEEP,
@@ -349,7 +350,7 @@ def _sleep(lane, left):
 @kernel
 def _lead(lane, batch, until):
     """Move bytes until `batch` (0: everything queued) is done, `until`, or the connection breaks."""
-    quiet = 0
+    quiet = budget = 0
     while True:
         moved = _send(lane)
         got = _receive(lane) if moved >= 0 else -1
@@ -365,14 +366,20 @@ def _lead(lane, batch, until):
             return BROKEN
         time = now()
         if moved + got > 0:
+            if quiet != 0 and budget > 0:
+                spin.paid(lane + SPIN)
             quiet = 0
             put(lane + PROGRESS, time)
         elif quiet == 0:
             quiet = time
+            budget = spin.budget(lane + SPIN)
         elif time - get(lane + PROGRESS) > get(lane + PATIENCE):
             put(lane + CAUSE, TIMED_OUT)
             return BROKEN
-        elif time - quiet > get(lane + SPIN):
+        elif time - quiet > budget:
+            if budget > 0:
+                spin.failed(lane + SPIN)
+                budget = 0
             _sleep(lane, max(0, until - time))  # below 0 would be without end
         else:
             pause()

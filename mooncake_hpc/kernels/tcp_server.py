@@ -10,6 +10,7 @@ memory out of the tables waits until no connection is busy with an older version
 
 from __future__ import annotations
 
+from mooncake_hpc.kernels import spin
 from mooncake_hpc.kernels.native import (
     copy,
     errno,
@@ -41,12 +42,12 @@ REPLIES, REPLY_COUNT, REPLY_READS = 56, 64, 72  # struct iovec array, entries, w
 BODY_AT, BODY_LEFT, BODY_ACK = 80, 88, 96  # destination of the WRITE being received; 1: acknowledge it, 2: do not
 LARGE = 104  # 1: the last body was large; receive the next header alone
 CONNECTION = 112  # id that the client gave this connection; 0: none yet
-SPINNERS, SPIN = 120, 128  # address of the count of spinning connections; ns to poll before sleeping
 PATIENCE = 136  # ns without progress in the middle of a request or reply after which the client counts as dead
 BYTES_IN, BYTES_OUT = 144, 152
 GOOD, REFUSAL = 160, 168  # status words
 MESSAGE = 176  # struct msghdr, 7 words
 PAIR = 232  # two struct iovecs
+SPIN = 264  # a spinner (`kernels.spin`), 3 words
 CONNECTION_WORDS = 40
 
 # --- words of the exports block, one an engine
@@ -218,8 +219,9 @@ def _await_bytes(block):
     partial = get(block + BODY_ACK) != 0 or get(block + STAGE_END) > get(block + STAGE_AT)
     began = now()
     exports = get(block + EXPORTS)
-    spinning = fetch_add(exports + SPINNING, 1) < get(exports + SPINNING_LIMIT)
-    if not spinning:
+    budget = spin.budget(block + SPIN)
+    spinning = budget > 0 and fetch_add(exports + SPINNING, 1) < get(exports + SPINNING_LIMIT)
+    if budget > 0 and not spinning:
         fetch_add(exports + SPINNING, -1)
     code = -1
     while code < 0:
@@ -234,10 +236,11 @@ def _await_bytes(block):
             code = STOPPED
         else:
             quiet = now() - began
-            if spinning and quiet < get(block + SPIN):
+            if spinning and quiet < budget:
                 pause()
             else:
                 if spinning:
+                    spin.failed(block + SPIN)
                     fetch_add(exports + SPINNING, -1)
                     spinning = False
                 if partial and quiet > get(block + PATIENCE):
@@ -245,6 +248,7 @@ def _await_bytes(block):
                 else:
                     poll(get(block + FD), POLLIN, -1, NAP * 20 if partial else -1)
     if spinning:
+        spin.paid(block + SPIN)
         fetch_add(exports + SPINNING, -1)
     return code
 

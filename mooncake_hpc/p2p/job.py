@@ -16,6 +16,7 @@ from mooncake_hpc.p2p.pull import Progress
 from mooncake_hpc.p2p.report import Bar, FanOut, list_lines, pull_lines, write_json
 from mooncake_hpc.p2p.store import P2PStore, Replica, digest_all
 from mooncake_hpc.settings import Settings
+from mooncake_hpc.transports.choice import engine_options
 
 if TYPE_CHECKING:
     from mooncake_hpc.mpi import World
@@ -36,6 +37,9 @@ class P2PConfig:
     metadata_server: str = ""
     local_server_name: str = ""
     protocol: str = "auto"
+    device_name: str = ""  # RDMA devices, commas between; empty: all
+    nic_priority_matrix: str = ""  # a file's name
+    auto_discovery: bool = False
     name: str = "mooncake-model"
     file_size_mb: int = 2048
     size: int = 0  # bytes; 0: file_size_mb
@@ -58,7 +62,8 @@ class P2PConfig:
 
 
 def open_store(config: P2PConfig, metadata: str, settings: Settings) -> P2PStore:
-    return P2PStore(config.local_server_name, metadata, protocol=config.protocol, settings=settings)
+    options = engine_options(config.protocol, config.device_name, config.nic_priority_matrix, config.auto_discovery)
+    return P2PStore(config.local_server_name, metadata, settings=settings, **options)
 
 
 def publish(store: P2PStore, config: P2PConfig) -> None:

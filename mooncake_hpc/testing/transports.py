@@ -7,7 +7,8 @@ import contextlib
 import select
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,6 @@ from mooncake_hpc.settings import Settings
 from mooncake_hpc.testing.peer import Bytes, PeerProcess, digest, fill, pattern
 
 HOST = "127.0.0.1"
-ARENA = 160 << 20  # bytes that the tests of a class share on each side
 MIXED = [1, 2, 3, 7, 63, 64, 65, 4095, 4096, 4097, 65_535, 65_537, 1 << 20, (1 << 22) + 13, 64 << 20]
 SIZES = [1, 3, 8, 24, 4097, 65_536, 1_000_003, (16 << 20) + 1]
 
@@ -66,11 +66,15 @@ class Link:
 
 @contextlib.contextmanager
 def linked(
-    protocol: str, nbytes: int, metadata: str = "P2PHANDSHAKE", settings: Settings | None = None
+    protocol: str,
+    nbytes: int,
+    metadata: str = "P2PHANDSHAKE",
+    settings: Settings | None = None,
+    peer_env: Mapping[str, str] | None = None,
 ) -> Iterator[Link]:
     """A fresh pair of processes."""
     with (
-        PeerProcess(metadata, protocol) as peer,
+        PeerProcess(metadata, protocol, env=peer_env) as peer,
         TransferEngine("ours:1", metadata, protocol=protocol, bind_address=HOST, settings=settings) as engine,
     ):
         local, remote = engine.allocate(nbytes), peer.call("allocate", nbytes)
@@ -83,12 +87,24 @@ class TransportConformance:
     protocol: str
     private = True  # whether it reaches memory of the caller's own, or only such as lies in memory files
     settings: Settings | None = None
+    peer_env: Mapping[str, str] | None = None  # the peer's environment; None: this process's
+    arena = 160 << 20  # bytes that the tests of a class share on each side
+    mixed: Sequence[int] = MIXED  # lengths of a batch; twice their sum and more fits the arena
+    large = (2 << 30) + 4097  # bytes of one request beyond every limit on the way
+    soon = 10.0  # seconds within which a peer's death is noticed
 
     @pytest.fixture(scope="class")
     @classmethod
     def link(cls) -> Iterator[Link]:
-        with linked(cls.protocol, ARENA, settings=cls.settings) as link:
+        with linked(cls.protocol, cls.arena, settings=cls.settings, peer_env=cls.peer_env) as link:
             yield link
+
+    def fresh(self, nbytes: int) -> AbstractContextManager[Link]:
+        """A pair of processes for one test."""
+        return linked(self.protocol, nbytes, settings=self.settings, peer_env=self.peer_env)
+
+    def another(self) -> PeerProcess:
+        return PeerProcess("P2PHANDSHAKE", self.protocol, env=self.peer_env)
 
     def register(self, link: Link, nbytes: int, seed: int, readonly: bool = False) -> int:
         """The address of memory that the peer registers, neither for the whole of a memory file nor by allocate()."""
@@ -115,12 +131,12 @@ class TransportConformance:
 
     def test_batch_of_mixed_sizes_both_ways(self, link: Link) -> None:
         """Reads into the upper half while writes go to the peer's, unaligned and in random order."""
-        half = ARENA // 2
+        half = self.arena // 2
         link.peer.call("fill", link.remote, 2)
-        link.local[:] = pattern(3, ARENA)
-        theirs, ours = pattern(2, ARENA), pattern(3, ARENA)
+        link.local[:] = pattern(3, self.arena)
+        theirs, ours = pattern(2, self.arena), pattern(3, self.arena)
         records, at = [], 1
-        for length in np.random.default_rng(4).permutation(MIXED).tolist():
+        for length in np.random.default_rng(4).permutation(self.mixed).tolist():
             records += [link.request(READ, half + at, at, length), link.request(WRITE, at, half + at, length)]
             at += length + 3
         batch = link.engine.submit(requests(*records))
@@ -137,7 +153,9 @@ class TransportConformance:
 
     def test_zero_length(self, link: Link) -> None:
         link.local[:64] = pattern(5, 64)
-        batch = link.engine.submit(requests(link.request(READ, 0, 0, 0), link.request(WRITE, ARENA, ARENA, 0)))
+        batch = link.engine.submit(
+            requests(link.request(READ, 0, 0, 0), link.request(WRITE, self.arena, self.arena, 0))
+        )
         batch.wait(5)
         assert batch.done and batch.status.tolist() == [1, 1]
         link.run(link.request(WRITE, 0, 0, 0), link.request(WRITE, 0, 11, 64), link.request(READ, 0, 0, 0))
@@ -148,8 +166,8 @@ class TransportConformance:
 
     @pytest.mark.slow
     def test_one_request_above_2_gib(self) -> None:
-        nbytes = (2 << 30) + 4097
-        with linked(self.protocol, nbytes) as link:
+        nbytes = self.large
+        with self.fresh(nbytes) as link:
             fill(link.local, 6)
             sent = digest(link.local)
             link.run(link.request(WRITE, 0, 0, nbytes), timeout=60)
@@ -188,11 +206,11 @@ class TransportConformance:
         ours, target = address(link.local), link.segment.id
         bad = [
             (READ, target, ours, link.remote - 4096, 1 << 20),
-            (WRITE, target, ours, link.remote + ARENA - 10, 1 << 20),
+            (WRITE, target, ours, link.remote + self.arena - 10, 1 << 20),
             (READ, target, ours, 8, 1),
             (WRITE, target, ours, (1 << 63) - 5, 10),
             (READ, target, ours, (1 << 64) - 5, 10),
-            (READ, target, ours + ARENA, link.remote, 1),
+            (READ, target, ours + self.arena, link.remote, 1),
             (WRITE, target, ours - 1, link.remote, 2),
         ]
         link.local[:100] = 1
@@ -228,7 +246,7 @@ class TransportConformance:
         own = link.engine.allocate(4_096, remote_accessible=False)
         link.peer.call("fill", link.remote, 11)
         link.engine.read(own, link.segment, link.remote)
-        assert (own == pattern(11, ARENA)[:4_096]).all()
+        assert (own == pattern(11, self.arena)[:4_096]).all()
 
     def test_registered_after_we_opened(self, link: Link) -> None:
         for remote in (self.register(link, 70_000, 12), link.peer.call("allocate", 70_000, 12)):
@@ -298,19 +316,19 @@ class TransportConformance:
         batch = link.engine.submit(records)
         records[:] = 0  # ours again
         batch.wait(30)
-        expected = pattern(14, ARENA)[: count * size].reshape(count, size)[order]
+        expected = pattern(14, self.arena)[: count * size].reshape(count, size)[order]
         assert (link.local[: count * size].reshape(count, size) == expected).all()
         assert (batch.status == 1).all() and len(batch) == count
 
     def test_more_batches_than_the_queue_holds(self, link: Link) -> None:
         """Those beyond wait in submit(), which fails only at its deadline."""
-        link.local[:] = pattern(16, ARENA)
+        link.local[:] = pattern(16, self.arena)
         pieces = [(1024 * i, 1024 - i % 7) for i in range(5_000)]
         batches = [link.engine.submit(requests(link.request(WRITE, at, at, size))) for at, size in pieces]
         for batch in reversed(batches):
             batch.wait(30)
-        link.run(link.request(READ, ARENA // 2, 0, 5_000 * 1024))
-        theirs = link.local[ARENA // 2 :]
+        link.run(link.request(READ, self.arena // 2, 0, 5_000 * 1024))
+        theirs = link.local[self.arena // 2 :]
         assert all((theirs[at : at + size] == link.local[at : at + size]).all() for at, size in pieces)
 
     def test_batches_that_nobody_waits_on(self, link: Link) -> None:
@@ -328,7 +346,7 @@ class TransportConformance:
         failures: list[BaseException] = []
 
         def work(thread: int) -> None:
-            at, back = thread * share, ARENA // 2 + thread * share
+            at, back = thread * share, self.arena // 2 + thread * share
             try:
                 for step in range(rounds):
                     size = share - step - 100
@@ -351,8 +369,8 @@ class TransportConformance:
         assert link.remote_digest(0, 32 << 20) == digest(link.local[: 32 << 20])
 
     def test_wait_that_times_out_leaves_the_batch_running(self, link: Link) -> None:
-        link.local[:] = pattern(20, ARENA)
-        batch = link.engine.submit(requests(*[link.request(WRITE, 0, 0, ARENA)] * 8))
+        link.local[:] = pattern(20, self.arena)
+        batch = link.engine.submit(requests(*[link.request(WRITE, 0, 0, self.arena)] * 8))
         with pytest.raises(TransferTimeout, match="goes on"):
             batch.wait(0.001)
         assert (batch.status == 0).any()
@@ -364,7 +382,7 @@ class TransportConformance:
     def test_cancel(self, link: Link, opcode: int) -> None:
         """When it returns, nothing touches the buffers, and the requests have ended one way or the other."""
         link.peer.call("fill", link.remote, 21)
-        batch = link.engine.submit(requests(*[link.request(opcode, 0, 0, ARENA)] * 50))
+        batch = link.engine.submit(requests(*[link.request(opcode, 0, 0, self.arena)] * 50))
         batch.cancel()
         assert batch.done and (batch.status != 0).all()
         assert (batch.status < 0).any()
@@ -372,31 +390,33 @@ class TransportConformance:
         link.peer.call("fill", link.remote, 22)
         time.sleep(0.2)
         assert (link.local == 33).all()
-        assert link.remote_digest() == digest(pattern(22, ARENA))
+        assert link.remote_digest() == digest(pattern(22, self.arena))
         with pytest.raises(TransferError, match="cancelled"):
             batch.wait(1)
         batch.cancel()
-        link.run(link.request(READ, 0, 0, ARENA))
-        assert digest(link.local) == digest(pattern(22, ARENA))
+        link.run(link.request(READ, 0, 0, self.arena))
+        assert digest(link.local) == digest(pattern(22, self.arena))
 
     def test_cancel_leaves_other_batches_alone(self, link: Link) -> None:
-        link.local[:] = pattern(23, ARENA)
-        doomed = link.engine.submit(requests(*[link.request(READ, ARENA // 2, ARENA // 2, ARENA // 2)] * 20))
+        link.local[:] = pattern(23, self.arena)
+        doomed = link.engine.submit(
+            requests(*[link.request(READ, self.arena // 2, self.arena // 2, self.arena // 2)] * 20)
+        )
         kept = link.engine.submit(requests(link.request(WRITE, 0, 0, 1 << 20)))
         doomed.cancel()
         kept.wait(20)
         assert link.remote_digest(0, 1 << 20) == digest(link.local[: 1 << 20])
 
     def test_fileno(self, link: Link) -> None:
-        link.local[:] = pattern(24, ARENA)
-        early = link.engine.submit(requests(*[link.request(WRITE, 0, 0, ARENA)] * 2))
+        link.local[:] = pattern(24, self.arena)
+        early = link.engine.submit(requests(*[link.request(WRITE, 0, 0, self.arena)] * 2))
         assert select.select([early], [], [], 30)[0] == [early]
         assert early.done and early.fileno() == early.fileno()
         assert link.remote_digest() == digest(link.local)
         assert select.select([early], [], [], 0)[0] == [early]
 
     def test_await(self, link: Link) -> None:
-        link.local[:] = pattern(25, ARENA)
+        link.local[:] = pattern(25, self.arena)
 
         async def transfer(at: int) -> None:
             await link.engine.submit(requests(link.request(WRITE, at, at, 1 << 20)))
@@ -417,7 +437,7 @@ class TransportConformance:
     # --- several peers, and their end -----------------------------------------------------------------------
 
     def test_one_batch_to_two_peers(self, link: Link) -> None:
-        with PeerProcess("P2PHANDSHAKE", self.protocol) as second:
+        with self.another() as second:
             remote = second.call("allocate", 1 << 20)
             target = link.engine.open_segment(second.name).id
             assert target != link.segment.id
@@ -437,11 +457,11 @@ class TransportConformance:
 
     def test_killed_peer(self) -> None:
         """Whoever transfers hears of it soon, other peers' transfers go on."""
-        with linked(self.protocol, 8 << 20) as link, PeerProcess("P2PHANDSHAKE", self.protocol) as other:
+        with self.fresh(8 << 20) as link, self.another() as other:
             remote = other.call("allocate", 4_096)
             healthy = link.engine.open_segment(other.name)
             threading.Timer(0.2, link.peer.process.kill).start()
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + self.soon
             with pytest.raises(PeerLost, match=link.peer.name):
                 while time.monotonic() < deadline:
                     link.run(*[link.request(WRITE, 0, 0, 8 << 20)] * 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from mooncake_hpc.settings import Settings
 
 pytestmark = pytest.mark.mpi(min_size=2)
 
+PROTOCOL = os.environ.get("MOONCAKE_TEST_PROTOCOL", "tcp")
+
 
 def bench(tmp_path: Path, **changes: Any) -> tuple[int, list[str], dict[str, Any], World]:
     """Run the job; exit code, lines, JSON (rank 0's), world."""
@@ -24,7 +27,7 @@ def bench(tmp_path: Path, **changes: Any) -> tuple[int, list[str], dict[str, Any
     world = World(launch)
     lines: list[str] = []
     small = {"block_size": 4096, "batch_size": 8, "threads": 2, "buffer_size": 1 << 20, "duration": 0.4}
-    where = {"metadata_server": "embedded", "protocol": "tcp", "timeout": 20.0}
+    where = {"metadata_server": "embedded", "protocol": PROTOCOL, "timeout": 20.0}
     config = BenchConfig(**{**small, **where, "verify": True, **changes})
     file = tmp_path / "result.json"
     code = job.run_ranks(config, Settings.from_env(), launch, world, job.Output(lines.append, Units(), str(file)))
@@ -42,7 +45,7 @@ def test_patterns(tmp_path: Path, pattern: str, operation: str) -> None:
         return
     expected = [rank for rank, role in enumerate(roles(pattern, world.size)) if role.targets]
     assert [row["rank"] for row in result["initiators"]] == expected
-    assert result["wrong_bytes"] == 0 < result["compared_bytes"]
+    assert result["wrong_bytes"] == 0 < result["compared_bytes"] and result["transports"] == [PROTOCOL]
     assert result["batches"] == sum(row["batches"] for row in result["initiators"])
     assert result["batch_latency_us"]["count"] == result["batches"]
     assert result["batch_latency_us"]["max"] == max(row["batch_latency_us"]["max"] for row in result["initiators"])

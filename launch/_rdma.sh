@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# The RDMA tests by whichever way this machine offers; called by launch/test.
+#   launch/_rdma.sh --setup                   install what they need
+#   launch/_rdma.sh FOLDER [ARGUMENT…]        run pytest with the arguments [tests/rdma]; its JUnit file is FOLDER/r.xml
+# Natively where there are RDMA devices or this kernel makes soft-RoCE ones, else in the guest of launch/soft-roce-vm.
+# Exit status: pytest's; 125 where there is no way.
+set -euo pipefail
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/_env.sh"
+source "$ROOT/launch/_peers.sh"
+
+NICS=4
+ORIGINAL=0.3.13.post1
+
+devices() { ls /sys/class/infiniband 2>/dev/null | tr '\n' ' '; }
+
+# Only with the right to make devices, and never by loading a module to find out.
+kernel_has_rxe() {
+    [ "$(id -u)" = 0 ] && command -v rdma >/dev/null &&
+        { modprobe -qn rdma_rxe || [ -d /sys/module/rdma_rxe ]; } 2>/dev/null
+}
+
+way() {
+    if [ -n "$(devices)" ]; then echo native; elif kernel_has_rxe; then echo rxe; else echo guest; fi
+}
+
+# numba keeps its caches apart by processor; in the guest it is another one than here
+warm_for_guest() {
+    export NUMBA_CPU_NAME=generic
+    [ -e "$NUMBA_CACHE_DIR/warm-generic.done" ] && return
+    say "compiling kernels for the guest (once)"
+    "$PY" -m mooncake_hpc warm >&2 && touch "$NUMBA_CACHE_DIR/warm-generic.done"
+}
+
+set_up() {
+    "$ROOT/launch/setup-rdma" >/dev/null || exit 125
+    set_up_peers "$ORIGINAL"
+    if [ "$WAY" = guest ]; then
+        "$ROOT/launch/soft-roce-vm" --setup || exit 125
+        warm_for_guest
+    fi
+}
+
+WAY=$(way)
+set_up
+[ "${1:-}" != --setup ] || exit 0
+folder=$(realpath "$1")
+shift
+case " $*" in *" tests/"*) ;; *) set -- tests/rdma "$@" ;; esac
+export MOONCAKE_TEST_RDMA=$WAY
+cd "$ROOT"
+pytest=("$PY" -m pytest -q --durations=12 --junitxml "$folder/r.xml" "$@")
+case $WAY in
+    native)
+        say "RDMA tests: on this machine's devices, $(devices)"
+        exec "${pytest[@]}" ;;
+    rxe)
+        say "RDMA tests: soft-RoCE on this machine's kernel, $(uname -r)"
+        "$ROOT/launch/soft-roce" up "$NICS" || exit 125
+        trap '"$ROOT/launch/soft-roce" down' EXIT
+        "${pytest[@]}" ;;
+    guest)
+        say "RDMA tests: soft-RoCE in a guest, since this kernel ($(uname -r)) has neither devices nor rdma_rxe"
+        exec "$ROOT/launch/soft-roce-vm" --nics "$NICS" --memory 7G --timeout 690 --share "$folder" -- "${pytest[@]}" ;;
+esac
