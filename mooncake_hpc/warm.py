@@ -28,7 +28,7 @@ def warm() -> float:
     with open(_lock_file(), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for protocol in ("tcp", "shm"):
-            _transfer(protocol)
+            transfer(protocol)
         _prepare()
     return time.monotonic() - begin
 
@@ -39,7 +39,8 @@ def _lock_file() -> Path:
     return folder / "warm.lock"
 
 
-def _transfer(protocol: str) -> None:
+def transfer(protocol: str) -> None:
+    """Move a block there and back within this process. Raises what the engine raises."""
     store = f"memory://warm-{os.getpid()}"
     with (
         TransferEngine("127.0.0.1:1", store, protocol=protocol, bind_address="127.0.0.1") as target,

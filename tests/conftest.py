@@ -58,6 +58,17 @@ def nics() -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def forked_peers(nics: list[str]) -> Iterator[None]:
+    """Peers are forked from one process from now on: to start each costs seconds in an emulated guest."""
+    from mooncake_hpc.testing import peer
+    from mooncake_hpc.testing.nursery import Nursery
+
+    with Nursery("rdma", "tcp") as peer.nursery:
+        yield
+    peer.nursery = None
+
+
+@pytest.fixture(scope="session")
 def rxe(nics: list[str]) -> list[str]:
     """The devices of launch/soft-roce, rxe0 …, which a test may rename, limit and take down."""
     if RDMA_WAY == "native":

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
 from mooncake_hpc.errors import MooncakeError
 from mooncake_hpc.kernels.prepare import checksum
+from mooncake_hpc.testing.nursery import Forked, Nursery
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -51,6 +52,9 @@ def digest(data: Bytes) -> str:
     return f"{checksum(data):016x}"
 
 
+nursery: Nursery | None = None  # where new peers come from; None: each is a process from the start
+
+
 class PeerError(Exception):
     """A command failed in the peer; the text begins with the error's type."""
 
@@ -70,8 +74,13 @@ class PeerProcess:
         env: Mapping[str, str] | None = None,
         timeout: float = 60.0,
     ) -> None:
-        command = [sys.executable, "-m", "mooncake_hpc.testing.peer", metadata, protocol, name]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+        arguments = [metadata, protocol, name]
+        self.process: subprocess.Popen[bytes] | Forked
+        if nursery is not None:
+            self.process = nursery.start(arguments, env)
+        else:
+            command = [sys.executable, "-m", "mooncake_hpc.testing.peer", *arguments]
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
         self._received = b""
         try:
             self.name: str = self._reply(timeout)  # as published
@@ -254,8 +263,9 @@ class Node:
         return address
 
 
-def main() -> None:
-    metadata, protocol, name = sys.argv[1:]
+def run(arguments: Sequence[str]) -> None:
+    """Be the node METADATA PROTOCOL NAME, until standard input ends."""
+    metadata, protocol, name = arguments
     replies = os.fdopen(os.dup(1), "w")  # print() of others would end up between our lines
     os.dup2(2, 1)
 
@@ -279,4 +289,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(sys.argv[1:])

@@ -32,10 +32,10 @@ def seed_network(rxe: list[str]) -> Iterator[None]:
     for address in ADDRESSES:
         run("ip", "address", "add", address, "dev", "lo")
     for old, new in zip(rxe[:2], DEVICES, strict=True):
-        run("rdma", "device", "set", old, "name", new)
+        run("rdma", "dev", "set", old, "name", new)
     yield
     for old, new in zip(rxe[:2], DEVICES, strict=True):
-        run("rdma", "device", "set", new, "name", old)
+        run("rdma", "dev", "set", new, "name", old)
     for address in ADDRESSES:
         run("ip", "address", "del", address, "dev", "lo")
 

@@ -15,6 +15,7 @@ REGION = 9 << 20  # bytes of one memory region at most: what a large registratio
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.usefixtures("forked_peers")
 class TestRdma(TransportConformance):
     protocol = "rdma"
     settings = Settings(rdma=RdmaSettings(max_mr_size=REGION))

@@ -26,7 +26,7 @@ from mooncake_hpc.settings import RdmaSettings, Settings
 from mooncake_hpc.testing.peer import PeerError, PeerProcess, digest, pattern
 from mooncake_hpc.testing.transports import Link, linked, requests
 
-pytestmark = [pytest.mark.timeout(150), pytest.mark.usefixtures("nics")]
+pytestmark = [pytest.mark.timeout(150), pytest.mark.usefixtures("forked_peers")]
 
 HOST = "127.0.0.1"
 P2P = "P2PHANDSHAKE"
@@ -249,7 +249,7 @@ def test_wrong_handshakes_are_refused_with_a_reason(bystander: PeerProcess, fiel
 
 
 @pytest.fixture(scope="module")
-def bystander(nics: list[str]) -> Iterator[PeerProcess]:
+def bystander(forked_peers: None) -> Iterator[PeerProcess]:
     with PeerProcess(P2P, "rdma") as peer:
         yield peer
 

@@ -18,7 +18,7 @@ from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
 from mooncake_hpc.settings import RdmaSettings, Settings
 from mooncake_hpc.testing.peer import PeerProcess, digest, pattern
 
-pytestmark = [pytest.mark.timeout(150), pytest.mark.usefixtures("rxe")]
+pytestmark = [pytest.mark.timeout(150), pytest.mark.usefixtures("rxe", "forked_peers")]
 
 SIZE = 24 << 20
 PIECE = 1 << 18
