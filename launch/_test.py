@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as xml
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,13 +46,13 @@ class Part:
         return OUT / self.name
 
 
-def parts(fast: bool, mpirun: str, extra: list[str]) -> list[Part]:
-    """All parts in the order in which they run."""
+def parts(fast: bool, mpirun: str, openmpi: str, extra: list[str]) -> list[Part]:
+    """All parts in the order in which they run; `openmpi` is the folder of commands of an environment with Open MPI."""
     python = sys.executable
     ruff = [python, "-m", "ruff"]
     pytest = ["-m", "pytest", "-q", *extra]
     result = [Part("lint", [[*ruff, "check", "."], [*ruff, "format", "--check", "."], [python, "-m", "mypy"]], 300)]
-    others = [f"--ignore=tests/{folder}" for folder in ("mpi", "p2p", "rdma")]
+    others = [f"--ignore=tests/{folder}" for folder in ("mpi", "p2p", "rdma", "slurm")]
     for name, marks in {"unit": "not interop", "interop": "interop"}.items():
         if not (fast and name == "interop"):
             chosen = ["-m", "not slow and not interop" if fast else marks]
@@ -60,18 +60,27 @@ def parts(fast: bool, mpirun: str, extra: list[str]) -> list[Part]:
             result.append(Part(name, [[*command, "--junitxml", str(OUT / name / "r.xml")]], 1200))
     p2p = [python, *pytest, *(["-m", "not slow"] if fast else []), "--durations=8", "tests/p2p"]
     result.append(Part("p2p", [[*p2p, "--junitxml", str(OUT / "p2p" / "r.xml")]], 360))
+    slurm = [python, *pytest, "--durations=8", "tests/slurm", "--junitxml", str(OUT / "slurm" / "r.xml")]
+    result.append(Part("slurm", [slurm], 360, optional=True))
     for ranks in (2,) if fast else (1, 2, 4):
-        folder = OUT / f"mpi{ranks}"
-        wrapper = [str(ROOT / "launch" / "_rank.sh"), str(folder)]
-        command = [python, "-m", "mooncake_hpc", "launch", f"--mpirun={mpirun}", f"--ranks={ranks}", "--", *wrapper]
-        # `-m mpi4py`, -x, thread: a rank that fails or hangs ends the job instead of leaving the others in a barrier.
-        tests = [python, "-m", "mpi4py", *pytest, "-x", "--with-mpi", "--timeout-method=thread", "tests/mpi"]
-        tests += ["-m", "not slow"] if fast else []
-        result.append(Part(f"mpi{ranks}", [[*command, *tests, "--junitxml", str(folder / "r.xml")]], 300))
+        result.append(mpi_part(f"mpi{ranks}", ranks, python, mpirun, fast, extra))
     if not fast:
+        part = mpi_part("mpi2-openmpi", 2, f"{openmpi}/python", f"{openmpi}/mpirun", fast, extra)
+        result.append(replace(part, optional=True))
         command = [str(ROOT / "launch" / "_rdma.sh"), str(OUT / "rdma"), *extra]
         result.append(Part("rdma", [command], 720, optional=True))
     return result
+
+
+def mpi_part(name: str, ranks: int, python: str, mpirun: str, fast: bool, extra: list[str]) -> Part:
+    """The tests of ranks, under the launcher of `python`'s MPI library."""
+    folder = OUT / name
+    wrapper = [str(ROOT / "launch" / "_rank.sh"), str(folder)]
+    command = [python, "-m", "mooncake_hpc", "launch", f"--mpirun={mpirun}", f"--ranks={ranks}", "--", *wrapper]
+    # `-m mpi4py`, -x, thread: a rank that fails or hangs ends the job instead of leaving the others in a barrier.
+    tests = [python, "-m", "mpi4py", "-m", "pytest", "-q", *extra, "-x", "--with-mpi", "--timeout-method=thread"]
+    tests += ["tests/mpi", *(["-m", "not slow"] if fast else []), "--junitxml", str(folder / "r.xml")]
+    return Part(name, [[*command, *tests]], 300)
 
 
 def run(part: Part) -> None:
@@ -176,13 +185,13 @@ def node_id(classname: str, name: str) -> str:
 
 def report(done: list[Part], setup: float) -> int:
     """The closing table; the exit code."""
-    print(f"\n{'part':<10}{'seconds':>9}{'passed':>8}{'unsteady':>10}{'failed':>8}")
+    print(f"\n{'part':<14}{'seconds':>9}{'passed':>8}{'unsteady':>10}{'failed':>8}")
     if setup:
-        print(f"{'set-up':<10}{setup:>9.1f}")
+        print(f"{'set-up':<14}{setup:>9.1f}")
     for part in done:
-        print(f"{part.name:<10}{part.seconds:>9.1f}{part.passed:>8}{len(part.unsteady):>10}{len(part.failed):>8}")
+        print(f"{part.name:<14}{part.seconds:>9.1f}{part.passed:>8}{len(part.unsteady):>10}{len(part.failed):>8}")
     passed, failed, unsteady = (sum(column) for column in zip(*(counts(p) for p in done), strict=True))
-    print(f"{'all':<10}{setup + sum(p.seconds for p in done):>9.1f}{passed:>8}{unsteady:>10}{failed:>8}")
+    print(f"{'all':<14}{setup + sum(p.seconds for p in done):>9.1f}{passed:>8}{unsteady:>10}{failed:>8}")
     complaints = [f"{p.name}: {c}" for p in done for c in p.complaints]
     notes = [f"{p.name}: {p.note}" for p in done if p.note]
     unsteady_lines = [f"{p.name}: passed at the second try only: {t}" for p in done for t in p.unsteady]
@@ -201,11 +210,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="launch/test")
     parser.add_argument("--fast", action="store_true", help="leave out slow tests and the original as a peer")
     parser.add_argument("--mpirun", required=True, help=argparse.SUPPRESS)
+    parser.add_argument("--openmpi", default="", help=argparse.SUPPRESS)
     parser.add_argument("--setup-seconds", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--pytest", default="", help="arguments for pytest, in one word: --pytest='-k etcd'")
-    parser.add_argument("part", nargs="*", help="only these: lint unit interop p2p mpi1 mpi2 mpi4 rdma")
+    parser.add_argument("part", nargs="*", help="only these; slurm and rdma run only where they are named")
     options = parser.parse_args()
-    all_parts = parts(options.fast, options.mpirun, options.pytest.split())
+    all_parts = parts(options.fast, options.mpirun, options.openmpi, options.pytest.split())
     unknown = set(options.part) - {p.name for p in all_parts}
     if unknown:
         known = ", ".join(p.name for p in all_parts)

@@ -120,6 +120,18 @@ def shared_address(hosts: list[Host], bind_address: str = "") -> str:
     return votes.most_common(1)[0][0]
 
 
+def forget_shared_memory() -> None:
+    """Take away the names of MPICH's shared memory, which all ranks of this host have opened in MPI_Init.
+
+    MPICH does so only in MPI_Finalize, so that every job that is killed would leave some megabytes in /dev/shm.
+    """
+    with open("/proc/self/maps") as maps:
+        names = {line.split()[-1] for line in maps if "/dev/shm/mpich_shm_" in line}
+    for name in names:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+
+
 def _patience(rank: int) -> float:
     """Seconds that a rank waits longer than rank 0, which knows who is missing, and whose end ends the others."""
     return 2.5 * min(rank, 2)
@@ -209,6 +221,8 @@ class World:
         self._requests.append(self._comm.Ibcast(self._word, root=0))
         self._wait(lambda: self._mpi.Request.Testall(self._requests), deadline, timeout, what)
         self._requests.clear()
+        if self._barriers == 1:
+            forget_shared_memory()
 
     def _collect(self, deadline: float, timeout: float, what: str) -> None:
         """On rank 0: the arrivals of all others at this barrier."""

@@ -62,10 +62,14 @@ foreground() {
     return $code
 }
 
-# everywhere WORDS…: once on each node, without MPI.
+# everywhere WORDS…: once on each node, without MPI; in a heterogeneous job on those of one component after the other.
 everywhere() {
-    foreground srun --overlap --mem=0 --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" \
-        --ntasks-per-node=1 --mpi=none --kill-on-bad-exit=1 "$@"
+    local component count
+    for ((component = 0; component < ${SLURM_HET_SIZE:-1}; component++)); do
+        count=SLURM_JOB_NUM_NODES${SLURM_HET_SIZE:+_HET_GROUP_$component}
+        foreground srun ${SLURM_HET_SIZE:+--het-group=$component} --overlap --mem=0 --nodes="${!count}" \
+            --ntasks="${!count}" --ntasks-per-node=1 --mpi=none --kill-on-bad-exit=1 "$@"
+    done
 }
 
 # ranks WORDS…: all tasks of the job as one MPI world; WORDS are a command of mooncake-hpc or a program.

@@ -11,8 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from sandbox import Sandbox
 
 ROOT = Path(__file__).resolve().parent.parent
 RDMA_WAY = os.environ.get("MOONCAKE_TEST_RDMA", "")  # set by launch/_rdma.sh: native, rxe or guest
@@ -74,6 +78,15 @@ def rxe(nics: list[str]) -> list[str]:
     if RDMA_WAY == "native":
         pytest.skip("hardware: this machine's own RDMA devices are left as they are")
     return nics
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Sandbox]:
+    """A real Slurm of four nodes, for the tests of tests/slurm."""
+    from sandbox import sandbox
+
+    with sandbox() as up:
+        yield up
 
 
 Start = Callable[..., subprocess.Popen[str]]

@@ -22,7 +22,7 @@ from mooncake_hpc.bench.report import (
     total,
     write_json,
 )
-from mooncake_hpc.bench.runner import WALL_EXTRA, WALL_FACTOR
+from mooncake_hpc.bench.runner import longest_run
 from mooncake_hpc.errors import ConfigError, MooncakeError
 from mooncake_hpc.mpi import Launch, World, default_name, shared_address
 from mooncake_hpc.settings import Settings
@@ -64,7 +64,7 @@ def worker_pool(config: BenchConfig) -> WorkerPool:
     return WorkerPool(config.workers)
 
 
-def _engine(config: BenchConfig, metadata: str, settings: Settings) -> TransferEngine:
+def open_engine(config: BenchConfig, metadata: str, settings: Settings) -> TransferEngine:
     from mooncake_hpc import TransferEngine
 
     return TransferEngine(
@@ -95,7 +95,7 @@ def run_target(config: BenchConfig, settings: Settings, output: Output, command:
             host = published_address(config.local_server_name, "P2PHANDSHAKE", settings)
             etcd, metadata, settings = _embedded_etcd(host, settings)
             stack.enter_context(etcd)
-        engine = stack.enter_context(_engine(config, metadata, settings))
+        engine = stack.enter_context(open_engine(config, metadata, settings))
         target = Target(engine, config)
         sizes = ", ".join(str(buffer.size) for buffer in target.buffers)
         with contextlib.suppress(KeyboardInterrupt):  # from the first word on: who reads it may end us at once
@@ -130,7 +130,7 @@ def run_initiator(config: BenchConfig, settings: Settings, output: Output) -> in
     """Address `config.segment_id` for the configured time and report; the exit code."""
     if config.metadata_server == EMBEDDED:
         raise ConfigError("--metadata_server=embedded: an initiator on its own needs its target's metadata server")
-    with _engine(config, config.metadata_server, settings) as engine, worker_pool(config) as pool:
+    with open_engine(config, config.metadata_server, settings) as engine, worker_pool(config) as pool:
         initiator = Initiator(engine, config, [config.segment_id], [0])
         for line in configuration_lines(config):
             output.say(line)
@@ -155,9 +155,9 @@ def run_ranks(config: BenchConfig, settings: Settings, launch: Launch, world: Wo
     """One rank's part of the job; rank 0 reports. The exit code of this rank."""
     wait = config.timeout + settings.settle_timeout
     with ExitStack() as stack:
-        metadata, settings = _shared_metadata(config, settings, world, stack, wait)
+        metadata, settings = shared_metadata(config, settings, world, stack, wait)
         config = replace(config, mode="by rank", local_server_name=config.local_server_name or default_name(launch))
-        with _engine(config, metadata, settings) as engine:
+        with open_engine(config, metadata, settings) as engine:
             ends = _measure(config, engine, world, output, wait)
             code = _report_all(config, ends, output) if world.rank == 0 else 0
         world.barrier(wait, "all ranks withdraw their keys")  # before rank 0 ends an embedded etcd
@@ -190,8 +190,7 @@ def _measure(config: BenchConfig, engine: TransferEngine, world: World, output: 
         result.rank = world.rank
         if result.measured.failure:  # ends the job: a sum over the others would look complete
             raise MooncakeError(f"{engine.name}: {result.measured.failure}")
-    run = WALL_FACTOR * config.duration + WALL_EXTRA if config.verify else config.duration
-    world.barrier(run + config.batch_timeout + wait, "initiators run")
+    world.barrier(longest_run(config) + config.batch_timeout + wait, "initiators run")
     target_cpu = None if initiator or config.verify else time.process_time() - cpu
     return world.gather(_End(result, target_cpu), wait, "results")
 
@@ -201,7 +200,7 @@ def _report_all(config: BenchConfig, ends: Sequence[_End], output: Output) -> in
     return output.report(config, [end.result for end in ends if end.result], sum(cpus) if cpus else None)
 
 
-def _shared_metadata(
+def shared_metadata(
     config: BenchConfig, settings: Settings, world: World, stack: ExitStack, wait: float
 ) -> tuple[str, Settings]:
     """The job's metadata server: what was named, or an etcd that rank 0 starts and tells the others about."""

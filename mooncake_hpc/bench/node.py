@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -90,6 +90,13 @@ class Initiator:
         self._regions = list(regions)
         self._batches = [self._requests(thread, used) for thread in range(config.threads)]
         self._runner = Runner(engine, config, self._batches)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Give our buffers back, for an engine that outlives us."""
+        self._engine.unregister_many(self._buffers)
 
     def _requests(self, thread: int, used: int) -> Any:
         """A submitter keeps to one buffer on both sides, as in the original: thread modulo NUMA nodes."""

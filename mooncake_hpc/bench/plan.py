@@ -14,6 +14,7 @@ from mooncake_hpc import READ, REQUEST, WRITE
 from mooncake_hpc.errors import ConfigError
 
 PATTERNS = ("pairs", "fan_in", "fan_out", "all_to_all")
+MATRIX = "matrix"  # every pair by itself: see `bench.matrix`
 AUTO_WORKERS = -1  # as many as WorkerPool thinks fit, where there is work for them
 OPCODES = {"read": READ, "write": WRITE}
 

@@ -117,13 +117,13 @@ def json_object(config: BenchConfig, results: Sequence[Result], targets_cpu: flo
         "initiators": [
             {
                 "name": r.name, "rank": r.rank, "host": r.host, "pid": r.pid, "targets": r.targets,
-                "transports": r.transports, "lane_bytes": r.lane_bytes, **_figures(config, r.measured),
+                "transports": r.transports, "lane_bytes": r.lane_bytes, **figures(config, r.measured),
             }
             for r in results
         ],
         "transports": sorted({name for r in results for name in r.transports}),
         "target_cpu_seconds": targets_cpu,
-        **_figures(config, whole),
+        **figures(config, whole),
     }  # fmt: skip
 
 
@@ -166,7 +166,8 @@ def _lines(path: str) -> Iterable[str]:
         return ()
 
 
-def _figures(config: BenchConfig, measured: Measured) -> dict[str, Any]:
+def figures(config: BenchConfig, measured: Measured) -> dict[str, Any]:
+    """What an initiator measured, in base units."""
     batch = measured.latency.summary()
     return {
         "seconds": measured.seconds,

@@ -21,6 +21,11 @@ Requests = npt.NDArray[Any]
 WALL_FACTOR, WALL_EXTRA = 4, 10.0  # a verified run ends at the latest after duration × factor + extra seconds
 
 
+def longest_run(config: BenchConfig) -> float:
+    """Seconds after which `Runner.run` starts no further batch."""
+    return WALL_FACTOR * config.duration + WALL_EXTRA if config.verify else config.duration
+
+
 class Batch(Protocol):
     """What the runner needs of `mooncake_hpc.Batch`."""
 
@@ -94,7 +99,7 @@ class Runner:
     def run(self, verifier: Verifier | None = None) -> Measured:
         """Run for the configured time. A failed transfer ends the run and is told in the result, not raised."""
         measured, duration = self._measured, self._config.duration
-        wall_end = time.monotonic() + WALL_FACTOR * duration + WALL_EXTRA
+        wall_end = time.monotonic() + longest_run(self._config)
         if verifier is None:
             self._window(None, duration)
         else:

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from mooncake_hpc import topology
-from mooncake_hpc.bench.plan import PATTERNS, BenchConfig
+from mooncake_hpc.bench.plan import MATRIX, PATTERNS, BenchConfig
 from mooncake_hpc.bench.report import UNITS, Units
 from mooncake_hpc.cli import glog
 from mooncake_hpc.cli.gflags import Flag, FlagSet, Parsed
@@ -41,7 +41,9 @@ FLAGS = FlagSet(
                   "host's name; under a launcher <host>:<12345 + rank>."),
             _flag("segment_id", "Name of the target's segment. An initiator must be given it."),
             _flag("pattern", "Under a launcher: pairs (rank r + n/2 addresses rank r), fan_in (all address rank 0), "
-                  "fan_out (rank 0 addresses all), all_to_all.", choices=PATTERNS),
+                  "fan_out (rank 0 addresses all), all_to_all; matrix measures every pair, one after the other.",
+                  choices=(*PATTERNS, MATRIX)),
+            Flag("at_once", False, "With --pattern=matrix: pairs that have no rank in common at the same time."),
         ),
         "Load": (
             _flag("operation", "What initiators do.", choices=("read", "write")),
@@ -165,7 +167,7 @@ def _units(flags: Parsed) -> Units:
 
 
 def _run(flags: Parsed, config: BenchConfig, settings: Settings, launch: Launch | None, command: Sequence[str]) -> int:
-    from mooncake_hpc.bench import job
+    from mooncake_hpc.bench import job, matrix
 
     path = flags.text("json")
     if path and not os.access(Path(path).absolute().parent, os.W_OK):
@@ -174,6 +176,8 @@ def _run(flags: Parsed, config: BenchConfig, settings: Settings, launch: Launch 
     if launch is not None:
         world = World(launch, settle=settings.settle_timeout)
         with world.guarded():
+            if config.pattern == MATRIX:
+                return matrix.run_ranks(config, flags.boolean("at_once"), settings, launch, world, output)
             return job.run_ranks(config, settings, launch, world, output)
     if config.mode == "target":
         return job.run_target(config, settings, output, command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from mooncake_hpc.errors import ConfigError, IntegrityError
 from mooncake_hpc.kernels import prepare
 from mooncake_hpc.p2p.layout import Memory
 from mooncake_hpc.p2p.pull import Progress
-from mooncake_hpc.p2p.report import Bar, FanOut, list_lines, pull_lines, write_json
+from mooncake_hpc.p2p.report import Bar, FanOut, list_lines, pull_json, pull_lines, write_json
 from mooncake_hpc.p2p.store import P2PStore, Replica, digest_all
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.transports.choice import engine_options
@@ -146,6 +147,8 @@ def run_inferencer(config: P2PConfig, settings: Settings, say: Say) -> int:
             say(line)
         check_whole(replica)
         say(f"verified: {replica.manifest.shards} shards by {replica.manifest.algorithm}")
+        if config.json:
+            write_json(config.json, pull_json(store.name, socket.gethostname(), asdict(config), replica.progress))
         store.wait_unused(config.name, QUIET, config.linger)
         say("ALL DONE")
     return 0

@@ -59,6 +59,25 @@ def pull_lines(name: str, progress: Progress) -> list[str]:
     return lines
 
 
+def pull_json(name: str, host: str, config: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """One inferencer's pull, in bytes and seconds; `name` is its segment's."""
+    return {
+        "version": JSON_VERSION,
+        "time": time.time(),
+        "name": name,
+        "host": host,
+        "size": progress.size,
+        "shards": progress.shards,
+        "seconds": progress.seconds,
+        "throughput": progress.throughput,
+        "sources": dict(progress.sources),
+        "transports": dict(progress.transports),
+        "wrong": progress.wrong.total(),
+        "failures": progress.failures.total(),
+        "config": config,
+    }
+
+
 def list_lines(objects: Sequence[ObjectInfo]) -> list[str]:
     """A table of objects, holders and their progress."""
     if not objects:

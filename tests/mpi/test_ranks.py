@@ -16,6 +16,7 @@ from mooncake_hpc.mpi import World, detect
 from mooncake_hpc.settings import Settings
 
 pytestmark = pytest.mark.mpi(min_size=2)
+PROTOCOL = os.environ.get("MOONCAKE_HPC_TEST_PROTOCOL", "tcp")
 
 PROTOCOL = os.environ.get("MOONCAKE_TEST_PROTOCOL", "tcp")
 

@@ -1,0 +1,197 @@
+"""A real Slurm for tests: submit a batch script as a user does, wait for its end, look at what it left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from conftest import ROOT, clean_env
+
+SCRIPT = str(ROOT / "launch" / "slurm-sandbox")
+HOSTS = str(ROOT / "launch" / "virtual-hosts")
+NODES = 4
+DAEMONS = {"slurmd", "slurmctld", "slurmscriptd", "munged"}
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY"}
+LOCKED = 1 << 20  # bytes of memory that a submitting shell may lock: a job must raise it
+QUICK = (
+    "--protocol=tcp", "--block_size=4096", "--batch_size=8", "--threads=2", "--buffer_size=1048576", "--duration=0.5",
+    "--timeout=15",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, repr=False)
+class Job:
+    """A job, a task of an array or a component, as `scontrol show job` tells."""
+
+    fields: dict[str, str]
+
+    @property
+    def state(self) -> str:
+        return self.fields["JobState"]
+
+    @property
+    def code(self) -> str:
+        """`<exit code>:<signal>`."""
+        return self.fields["ExitCode"]
+
+    @property
+    def name(self) -> str:
+        """What the scripts call the job: tasks of an array apart, components together."""
+        for key in ("HetJobId", "JobId"):
+            if key in self.fields and "ArrayTaskId" not in self.fields:
+                return self.fields[key]
+        return f"{self.fields['ArrayJobId']}_{self.fields['ArrayTaskId']}"
+
+    @property
+    def output(self) -> str:
+        file = Path(self.fields["StdOut"])
+        return file.read_text(errors="replace") if file.exists() else ""
+
+    @property
+    def results(self) -> list[dict[str, object]]:
+        """The lines of the JSON file in the submit folder; none where it was not written."""
+        file = Path(self.fields["WorkDir"]) / f"{self.fields['JobName']}-{self.name}.json"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def __repr__(self) -> str:
+        return f"{self.fields['JobName']} {self.name}: {self.state} {self.code}\n{self.output}"
+
+
+@dataclass
+class Sandbox:
+    """Slurm on the hosts h0 … h3, and the hub, from which jobs are submitted."""
+
+    name: str
+    env: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self, *words: str) -> str:
+        """Standard output of a verb of launch/slurm-sandbox."""
+        result = subprocess.run([SCRIPT, *words], env=self.env, capture_output=True, text=True, timeout=150)
+        assert result.returncode == 0, result
+        return result.stdout
+
+    def submit(
+        self, script: str, *arguments: str, folder: Path, options: Sequence[str] = (), env: dict[str, str] | None = None
+    ) -> str:
+        """sbatch a script of slurm/ from `folder`; the job's id."""
+        folder.mkdir(exist_ok=True)
+        command = [SCRIPT, "run", "sbatch", "--parsable", *options, str(ROOT / "slurm" / script), *arguments]
+        result = subprocess.run(
+            command, env={**self.env, "TMPDIR": str(folder), **(env or {})}, cwd=folder, capture_output=True, text=True,
+            timeout=60, preexec_fn=_lock_little,
+        )  # fmt: skip
+        assert result.returncode == 0, result
+        return result.stdout.strip().partition(";")[0]
+
+    def jobs(self, number: str) -> list[Job]:
+        """The job; the tasks of an array; the components of a heterogeneous job."""
+        lines = self("run", "scontrol", "-o", "show", "job", number).splitlines()
+        return [Job(dict(re.findall(r"(?:^| )([A-Za-z:/]+)=(\S*)", line))) for line in lines if line.strip()]
+
+    def wait(self, number: str, seconds: float) -> list[Job]:
+        """All of the job, ended; fails where that takes longer than `seconds`."""
+        deadline = time.monotonic() + seconds
+        while True:
+            jobs = self.jobs(number)
+            if all(job.state in ENDED for job in jobs):
+                return jobs
+            assert time.monotonic() < deadline, f"not ended after {seconds} s:\n" + "\n".join(map(str, jobs))
+            time.sleep(0.3)
+
+    def wait_for(self, number: str, text: str, seconds: float = 90) -> Job:
+        """The job once its output has `text`."""
+        deadline = time.monotonic() + seconds
+        while text not in (job := self.jobs(number)[0]).output:
+            assert job.state not in ENDED and time.monotonic() < deadline, f"no {text!r} in:\n{job}"
+            time.sleep(0.2)
+        return job
+
+    def run(self, script: str, *arguments: str, folder: Path, seconds: float = 90, **more: object) -> Job:
+        """Submit and wait; a job that is one."""
+        (job,) = self.wait(self.submit(script, *arguments, folder=folder, **more), seconds)  # type: ignore[arg-type]
+        return job
+
+    def holders(self) -> dict[str, int]:
+        """The process that keeps a host's namespaces, by host."""
+        folder = ROOT / ".mooncake" / "hosts" / self.name
+        files = [file for file in folder.glob("h*") if file.name != "etc_hosts"]
+        return {file.name: int(file.read_text().split()[0]) for file in files}
+
+    def processes(self) -> Iterator[tuple[str, int, str]]:
+        """Host, id and command line of what runs on the hosts beside Slurm's daemons."""
+        holders = self.holders()
+        hosts = {_network(pid): host for host, pid in holders.items()}
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit() or int(entry.name) in holders.values():
+                continue
+            with contextlib.suppress(OSError):
+                host = hosts.get(_network(int(entry.name)))
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                name = (entry / "comm").read_text().strip()
+                if host and state not in "ZX" and name not in DAEMONS:
+                    yield host, int(entry.name), (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+    def left(self) -> list[str]:
+        """What jobs left: processes on the hosts, files in the hosts' /dev/shm."""
+        found = [f"{host}: {line}" for host, _, line in self.processes()]
+        for host, pid in self.holders().items():
+            found += [f"{host}: /dev/shm/{name}" for name in os.listdir(f"/proc/{pid}/root/dev/shm")]
+        return found
+
+    def check_clean(self, seconds: float = 20) -> None:
+        """Fails where something is left `seconds` after a job's end."""
+        wait_until(lambda: not self.left(), seconds, lambda: f"left behind: {self.left()}")
+
+
+def wait_until(done: Callable[[], bool], seconds: float, complaint: Callable[[], str]) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, complaint()
+        time.sleep(0.2)
+
+
+def _network(pid: int) -> str:
+    return os.readlink(f"/proc/{pid}/ns/net")
+
+
+def _lock_little() -> None:
+    """Slurm hands a submitting shell's soft limits to the job."""
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (LOCKED, resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]))
+
+
+@contextlib.contextmanager
+def sandbox() -> Iterator[Sandbox]:
+    """Up, with this process for its owner, and down: then none of its processes is left."""
+    name = f"test-{os.getpid()}"
+    local = ROOT / ".mooncake" / "test" / "local"  # stands for the nodes' own disks: kernels are compiled there once
+    env = clean_env(SLURM_SANDBOX=name, MOONCAKE_HPC_PYTHON=sys.executable, MOONCAKE_HPC_LOCAL=str(local))
+    slurm = Sandbox(name, env)
+    slurm("up", str(NODES), "none", "--owner", str(os.getpid()))
+    try:
+        networks = {_network(pid) for pid in slurm.holders().values()}
+        assert len(networks) == NODES + 1
+        yield slurm
+    finally:
+        slurm("down")
+    wait_until(lambda: not _users(networks), 10, lambda: f"namespaces that are still in use: {_users(networks)}")
+    assert not (ROOT / ".mooncake" / "hosts" / name).exists()
+
+
+def _users(networks: set[str]) -> list[int]:
+    """Live processes in these network namespaces."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if _network(int(entry.name)) in networks:
+                    found.append(int(entry.name))
+    return found

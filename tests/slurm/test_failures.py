@@ -1,0 +1,102 @@
+"""Jobs that go wrong: they end by their deadline, say who failed where and why, print no sum, and leave nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sandbox import QUICK, Job, Sandbox
+
+TIMEOUT, SETTLE = 5, 8  # seconds: --timeout and MOONCAKE_HPC_SETTLE of these jobs
+PATIENT = TIMEOUT + SETTLE  # a rank is waited for so long, on top of what it is to do
+SHUTDOWN = 15  # seconds that Slurm, mpi and a loaded machine may take on top
+WAYS = ("raises", "exits", "leaves", "hangs")
+ENV = {"MOONCAKE_HPC_SETTLE": str(SETTLE), "MC_TCP_PROGRESS_TIMEOUT_SEC": str(TIMEOUT)}
+
+
+@pytest.fixture(autouse=True)
+def clean(slurm: Sandbox) -> Iterator[None]:
+    """Nothing runs on the hosts, nor lies in their /dev/shm, when a test has ended."""
+    yield
+    slurm("run", "scancel", "--user=root")
+    slurm.check_clean()
+
+
+def start(slurm: Sandbox, folder: Path, *flags: str, script: str = "all-to-all.sbatch", **env: str) -> str:
+    """A job on three nodes, in its timed window."""
+    words = [*QUICK, "--duration=30", f"--timeout={TIMEOUT}", *flags]
+    number = slurm.submit(script, *words, folder=folder, options=["--nodes=3"], env={**ENV, **env})
+    slurm.wait_for(number, "connected and warm")
+    return number
+
+
+def check_nothing_came_of(job: Job) -> None:
+    """No sum, no closing line, no result."""
+    assert job.state not in ("COMPLETED", "RUNNING"), job
+    assert "Test completed" not in job.output and "sum " not in job.output and job.results == [], job
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_rank_that_is_unwell(slurm: Sandbox, tmp_path: Path, how: str) -> None:
+    unwell = str(Path(__file__).parent / "unwell")
+    number = start(slurm, tmp_path, "--duration=2", PYTHONPATH=unwell, UNWELL=f"1 {how}")
+    (job,) = slurm.wait(number, (2 + TIMEOUT + PATIENT if how in ("hangs", "leaves") else 2) + SHUTDOWN)
+    check_nothing_came_of(job)
+    message = {
+        "raises": "rank 1 on h1: RuntimeError: this rank is unwell",
+        "exits": "h1: task 1: Exited with exit code 3",
+        "leaves": "rank 1 on h1 did not come within",
+        "hangs": "rank 1 on h1 did not come within",
+    }[how]
+    assert message in job.output, job
+
+
+def test_a_rank_that_does_not_start(slurm: Sandbox, tmp_path: Path) -> None:
+    unwell = str(Path(__file__).parent / "unwell")
+    env = {**ENV, "PYTHONPATH": unwell, "UNWELL": "2 does-not-start"}
+    number = slurm.submit("all-to-all.sbatch", *QUICK, folder=tmp_path, options=["--nodes=3"], env=env)
+    slurm.wait_for(number, "metadata at")
+    (job,) = slurm.wait(number, SETTLE + SHUTDOWN)
+    check_nothing_came_of(job)
+    assert f"rank 0 on h0: MPI_Init has waited {SETTLE} s for the other ranks" in job.output, job
+
+
+def test_a_node_that_dies(slurm: Sandbox, tmp_path: Path) -> None:
+    """Its peers see silence, no reset; the first whose transfer fails ends the job."""
+    number = start(slurm, tmp_path)
+    slurm("crash", "h2")
+    try:
+        (job,) = slurm.wait(number, 2 * TIMEOUT + SHUTDOWN)
+        check_nothing_came_of(job)
+        assert any(f"rank {rank} on h{rank}: " in job.output for rank in (0, 1)) and "h2:12347" in job.output, job
+    finally:
+        slurm("boot", "h2")
+    deadline = time.monotonic() + 60
+    while slurm("run", "sinfo", "-h", "-t", "idle", "-o", "%D").strip() != "4":
+        assert time.monotonic() < deadline, slurm("run", "sinfo", "-R")
+        time.sleep(0.3)
+
+
+def test_a_time_limit(slurm: Sandbox, tmp_path: Path) -> None:
+    number = start(slurm, tmp_path)
+    slurm("run", "scontrol", "update", f"jobid={number}", "EndTime=now")
+    (job,) = slurm.wait(number, 30 + SHUTDOWN)
+    check_nothing_came_of(job)
+    assert "stopped by a signal" in job.output, job
+
+
+def test_scancel(slurm: Sandbox, tmp_path: Path) -> None:
+    """Ranks may lock all memory while they run, though the submitting shell could not; nothing is left of them."""
+    number = start(slurm, tmp_path)
+    ranks = [
+        (host, pid) for host, pid, line in slurm.processes() if "-m mooncake_hpc bench" in line and "srun" not in line
+    ]
+    assert sorted({host for host, _ in ranks}) == ["h0", "h1", "h2"], ranks
+    for _, pid in ranks:
+        assert "Max locked memory         unlimited" in Path(f"/proc/{pid}/limits").read_text()
+    slurm("run", "scancel", number)
+    (job,) = slurm.wait(number, SHUTDOWN)
+    check_nothing_came_of(job)
+    assert job.state == "CANCELLED", job
