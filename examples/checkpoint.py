@@ -28,6 +28,6 @@ with mh.P2PStore(f"{socket.gethostname()}:{12345 + world.rank}", server) as stor
     totals = world.allgather(total)  # nobody leaves while others may still fetch from it
     if world.rank == 0:
         print("equal on all ranks:", len(set(totals)) == 1)
-world.Barrier()
+world.Barrier()  # etcd serves until all have withdrawn
 if etcd:
     etcd.close()

@@ -33,8 +33,9 @@ with mh.TransferEngine(f"{socket.gethostname()}:{12345 + world.rank}", server) a
         requests["remote_addr"] = segment.buffers[0].address + layers + THEIRS * cache.strides[1]
         requests["local_addr"] = cache.ctypes.data + layers + OURS * cache.strides[1]
         engine.submit(requests.ravel()).wait(timeout=30)
-        correct = (cache[:, OURS] == np.arange(requests.size).reshape(LAYERS, -1, 1, 1, 1, 1)).all()
+        correct = bool((cache[:, OURS] == np.arange(requests.size).reshape(LAYERS, -1, 1, 1, 1, 1)).all())
         print(f"{requests.size} blocks of {BLOCK.itemsize} bytes over {segment.transport}: {correct = }")
-    world.Barrier()
+    world.Barrier()  # rank 0 serves until then
+world.Barrier()  # and its etcd until all have withdrawn
 if etcd:
     etcd.close()

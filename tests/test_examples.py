@@ -30,4 +30,4 @@ def test_it_runs(mpirun: str, no_leaks: None, name: str) -> None:
         [*launch, sys.executable, str(ROOT / "examples" / name)],
         env=clean_env(), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert result.returncode == 0 and words in result.stdout, result
+    assert result.returncode == 0 and words in result.stdout and not result.stderr, result
