@@ -143,7 +143,9 @@ def test_nothing_accumulates(etcd: EmbeddedEtcd) -> None:
 def test_a_forked_child_cannot_harm_its_parents_store(etcd: EmbeddedEtcd) -> None:
     program = """
 import os
+import warnings
 from mooncake_hpc.errors import MetadataError
+warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12+: fork() beside threads
 settings = Settings(lease_ttl=1, metadata_timeout=5)
 store = open_store(sys.argv[1], settings)
 store.publish("k", "v")
