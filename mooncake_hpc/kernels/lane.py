@@ -41,6 +41,7 @@ BELL_WORD = 64  # futex word of the lane's thread; changes to end its sleep
 RESTING = 72  # 1 while the lane's thread sleeps until rung
 CAUSE = 80  # why the lane went down: an errno or one of the codes below
 BYTES = 88  # payload bytes completed
+LOOK = 96  # nanoseconds that the lane's thread slept last between two looks
 PATIENCE = 104  # nanoseconds without any progress after which the connection counts as dead
 PROGRESS = 112  # time of the last progress
 DONE_SLICES = 120  # completed slices of the head entry
@@ -263,20 +264,23 @@ def await_batch(batch, until):
     return word & 1
 
 
-GRACE = 1_000_000  # the lane's thread leaves a queue to its waiters this long
-LINGER = 100_000_000  # and looks every GRACE ns until this long after the last traffic
+GRACE = 1_000_000  # ns: the lane's thread leaves a queue to its waiters this long
+LONGEST = 8_000_000  # ns: and looks at it this seldom where it was never needed
+LINGER = 100_000_000  # ns: until this long after the last traffic
 
 
 @kernel
 def rest(lane):
-    """The lane thread's sleep between two looks at the queue: GRACE while there is traffic, else until rung."""
+    """The lane thread's sleep between two looks at the queue: GRACE to LONGEST in traffic, else until rung."""
     word = load(lane + BELL_WORD)
     resting = load(lane + STATE) == UP and now() - get(lane + PROGRESS) > LINGER
     if resting:
         store(lane + RESTING, 1)
         fence()
     if not resting:
-        futex_wait(lane + BELL_WORD, word, GRACE)
+        unattended = load(lane + HEAD) != load(lane + TAIL) and load(lane + OWNER) == 0
+        put(lane + LOOK, GRACE if unattended else min(LONGEST, max(GRACE, 2 * get(lane + LOOK))))
+        futex_wait(lane + BELL_WORD, word, get(lane + LOOK))
     elif load(lane + HEAD) == load(lane + TAIL):
         futex_wait(lane + BELL_WORD, word, 10_000_000_000)
     store(lane + RESTING, 0)

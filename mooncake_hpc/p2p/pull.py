@@ -256,9 +256,11 @@ class Pull:
         return Memory([self._scratch[: end - begin]], begin)
 
     def _hopeless(self) -> int | None:
-        """A missing shard that no source can give and that is not under way; None where there is none."""
+        """While nothing is under way, a missing shard that no source can give; None where there is none."""
         swarm = self.swarm
-        possible = swarm.under_way > 0
+        if swarm.busy:
+            return None
+        possible = np.zeros(self._manifest.shards, bool)
         for source in swarm.sources.values():
             offered = source.view.have.copy()
             offered[list(source.refused)] = False

@@ -23,6 +23,7 @@ What costs most is a shard that leaves the first holder twice.
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -88,6 +89,10 @@ class Swarm:
         self.sizes, self.wanted, self.have = sizes, wanted, have.copy()
         self.sources: dict[str, Source] = {}
         self.under_way = np.zeros(len(sizes), np.int16)  # sources that a shard is coming from
+        self.busy = 0  # shards under way, those that come from two sources twice
+        self._open = wanted & ~self.have  # to be asked for
+        self._loads: Counter[str] = Counter()  # readers that fetch from a source
+        self._giving = 0  # others that hold a shard, and not all
         self._claim = claims(me, len(sizes))
         self._holders = np.zeros(len(sizes), np.int32)  # others that hold a shard
         self._coming = np.zeros(len(sizes), np.int32)  # others that are fetching it
@@ -134,14 +139,16 @@ class Swarm:
             self._whole += sign
         else:
             self._copies += sign * view.have
+            self._giving += sign * int(view.have.any())
         if view.host == self.host:
             self._here += sign * view.have
-        for shards in view.fetching.values():
+        for name, shards in view.fetching.items():
             self._coming[list(shards)] += sign
+            self._loads[name] += sign
 
     def load(self, name: str) -> int:
         """Other readers that fetch from this source."""
-        return sum(name in source.view.fetching for source in self.sources.values())
+        return self._loads[name]
 
     # --- decisions ------------------------------------------------------------------------------------------
 
@@ -163,7 +170,7 @@ class Swarm:
         source = self.sources.get(name)
         if source is None or now < source.resting_until or source.backlog >= source.ahead:
             return None
-        open_ = source.view.have & self.wanted & ~self.have & (self.under_way == 0)
+        open_ = source.view.have & self._open
         if source.refused:
             open_[list(source.refused)] = False
         if source.local:
@@ -205,9 +212,8 @@ class Swarm:
     def _window(self, source: Source) -> int:
         """Shards that may be leaving for the first time at once: few until readers have something to give to others,
         so that the first shards come soon; more where many leave in the time that news take."""
-        giving = bool(self.have.any()) + sum(bool(s.view.have.any()) for s in self.sources.values()) - self._whole
         rate = source.rate * (1 + self.load(source.view.name))
-        return FIRST * self._whole + giving + int(rate * NEWS / self.sizes[0])
+        return FIRST * self._whole + self._giving + bool(self.have.any()) + int(rate * NEWS / self.sizes[0])
 
     def _turn(self, shard: int, passed: int) -> bool:
         """Whether the shard is ours to fetch first, after `passed` others had their time. Hosts take turns, and the
@@ -238,7 +244,7 @@ class Swarm:
 
     def _bored(self, now: float) -> bool:
         """Whether nothing has been under way to us for long."""
-        if self.under_way.any():
+        if self.busy:
             self._idle_since = None
             return False
         if self._idle_since is None:
@@ -247,7 +253,7 @@ class Swarm:
 
     def _others_will_do(self, source: Source, load: int, now: float) -> bool:
         """Whether a less loaded source has something for us."""
-        missing = self.wanted & ~self.have & (self.under_way == 0) & (self._here == 0)
+        missing = self._open & (self._here == 0)
         return any(
             self.load(name) < load and now >= other.resting_until and (missing & other.view.have).any()
             for name, other in self.sources.items()
@@ -256,7 +262,7 @@ class Swarm:
 
     def _race(self, source: Source, now: float) -> int | None:
         """A shard to fetch from this source although another one is at it, since that one is so slow."""
-        if source.begun or (self.wanted & ~self.have & (self.under_way == 0) & (self._here == 0)).any():
+        if source.begun or (self._open & (self._here == 0)).any():
             return None
         late = [
             (self._time_left(other, now) / SLOW, shard)
@@ -291,6 +297,8 @@ class Swarm:
         source.begun[shard] = now
         source.backlog += int(self.sizes[shard])
         self.under_way[shard] += 1
+        self.busy += 1
+        self._open[shard] = False
 
     def received(self, name: str, nbytes: int, rate: float, now: float) -> None:
         """Some of what was asked of the source has come, at present at `rate` bytes a second."""
@@ -305,6 +313,7 @@ class Swarm:
         source.failures = 0
         news = not self.have[shard]
         self.have[shard] = True
+        self._open[shard] = False
         return news
 
     def given_up(self, name: str, shard: int, left: int) -> None:
@@ -329,4 +338,6 @@ class Swarm:
         del source.begun[shard]
         source.backlog -= left
         self.under_way[shard] -= 1
+        self.busy -= 1
+        self._open[shard] = self.wanted[shard] and not self.have[shard] and self.under_way[shard] == 0
         return source
