@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shlex
 import signal
@@ -16,6 +18,8 @@ import pytest
 from conftest import Start, clean_env
 
 from mooncake_hpc.__main__ import main
+from mooncake_hpc.address import is_local
+from mooncake_hpc.metadata.embedded import EmbeddedEtcd
 from mooncake_hpc.metadata.store import open_store
 from mooncake_hpc.settings import Settings
 
@@ -166,6 +170,48 @@ def test_a_target_killed_in_mid_run_fails_the_initiator(etcd: str, start: Start)
 
 
 @pytest.mark.slow
+def descendants(pid: int) -> list[int]:
+    """The processes below `pid`, as many as can still be read."""
+    try:
+        below = [
+            int(word)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for word in (task / "children").read_text().split()
+        ]
+    except OSError:
+        return []
+    return [*below, *(pid for child in below for pid in descendants(child))]
+
+
+@pytest.mark.slow
+def test_workers_killed_in_mid_run_cost_no_transfer(etcd: str, start: Start, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    _, command = target(start, etcd, "127.0.0.1:21009", "--buffer_size=67108864")
+    flags = ("--buffer_size=67108864", "--workers=2", "--verify", "--verify_interval=4", "--duration=3")
+    process = start(*command, *flags, f"--json={file}")
+    killed: set[int] = set()
+    while process.poll() is None and len(killed) < 6:
+        time.sleep(0.3)
+        for pid in set(descendants(process.pid)) - killed:
+            with contextlib.suppress(OSError):
+                if "mooncake_hpc.workers" in Path(f"/proc/{pid}/cmdline").read_text():
+                    os.kill(pid, signal.SIGKILL)
+                    killed.add(pid)
+                    break
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and killed, output
+    result = json.loads(file.read_text())
+    assert result["errors"] == result["wrong_bytes"] == 0 < result["compared_bytes"]
+
+
+@pytest.mark.skipif(not is_local("::1"), reason="hardware: this machine has no IPv6")
+def test_ipv6_from_end_to_end(start: Start) -> None:
+    with EmbeddedEtcd("::1") as server:
+        _, command = target(start, server.endpoint, "[::1]:21010", *SMALL)
+        shown = run("--duration=0.3", "--local_server_name=[::1]:21011", command=command)
+    assert shown.returncode == 0 and "[::1]:21011 -> [::1]:21010" in shown.stdout, shown
+
+
 def test_without_any_metadata_server(start: Start) -> None:
     _, command = target(start, "P2PHANDSHAKE", "127.0.0.1:21007", *SMALL)
     shown = run("--duration=0.3", command=command)
