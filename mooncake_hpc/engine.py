@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,13 @@ from mooncake_hpc.arena import Arena, ArenaPool
 from mooncake_hpc.batch import Batch
 from mooncake_hpc.control import client
 from mooncake_hpc.control.directory import Directory
-from mooncake_hpc.control.server import ControlServer, Handlers, Notifications, open_rpc_listener
+from mooncake_hpc.control.server import (
+    ControlServer,
+    Handlers,
+    Notifications,
+    open_rpc_listener,
+    refuse_connection,
+)
 from mooncake_hpc.errors import ConfigError, MooncakeError, PeerLost, RegistrationError, TransferTimeout
 from mooncake_hpc.kernels import slicer
 from mooncake_hpc.kernels.native import compile_ahead
@@ -30,7 +36,7 @@ from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.slicing import Roads, Slicing
 from mooncake_hpc.transports.base import Registration, Tables
-from mooncake_hpc.transports.registry import make_transports
+from mooncake_hpc.transports.registry import DeviceChoice, make_transports
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +49,13 @@ class TransferEngine:
 
     `name` is the segment's name, `host:port` by custom, whether or not it resolves. `metadata` is `host:port` or
     `etcd://a:1,b:2` of etcd, `P2PHANDSHAKE`, `memory://x` (one process) or a MetadataStore, which stays the
-    caller's. `protocol` is `tcp`, `shm`, or `auto`: shared memory where it can be had, else tcp. The published
+    caller's. `protocol` is `rdma`, `tcp`, `shm`, or `auto`: shared memory where it can be had, else rdma where its
+    devices are named or `auto_discovery` finds some, else tcp. `device_name` (`a,b`) and the file
+    `nic_priority_matrix` choose the RDMA devices; without either all that are usable are found. The published
     address is `bind_address`, else by the rules of `address.published_address`; listeners bind only that unless
     `bind_all`: the data port has no authentication.
 
-    Raises ConfigError, MetadataUnavailable, NameInUse.
+    Raises ConfigError, DeviceError, MetadataUnavailable, NameInUse.
     """
 
     def __init__(
@@ -59,6 +67,9 @@ class TransferEngine:
         bind_address: str = "",
         bind_all: bool = False,
         settings: Settings | None = None,
+        device_name: str = "",
+        nic_priority_matrix: str = "",
+        auto_discovery: bool = False,
     ) -> None:
         self._settings = settings or Settings.from_env()
         self._closers: list[Callable[[], None]] = []
@@ -72,19 +83,28 @@ class TransferEngine:
         self._adopt(())
         self._closed = False
         try:
-            self._start(name, metadata, protocol, bind_address, bind_all)
+            devices = DeviceChoice(device_name, nic_priority_matrix, auto_discovery)
+            self._start(name, metadata, protocol, bind_address, bind_all, devices)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, name: str, metadata: str | MetadataStore, protocol: str, host: str, bind_all: bool) -> None:
+    def _start(
+        self,
+        name: str,
+        metadata: str | MetadataStore,
+        protocol: str,
+        host: str,
+        bind_all: bool,
+        devices: DeviceChoice,
+    ) -> None:
         settings = self._settings
         spec = metadata if isinstance(metadata, str) else metadata.spec
         store = self._open_store(metadata)
         host = host or published_address(name, spec, settings)
         listener = bind_listener(host, [0], bind_all, settings.handshake_backlog, "")
         compile_ahead(slicer.submit, slicer.reset, slicer.cut, slicer.assign)
-        self._transports = make_transports(protocol, listener, host, settings)
+        self._transports = make_transports(protocol, listener, host, settings, devices)
         self._closers += [transport.close for transport in self._transports]
         rpc = open_rpc_listener(name, host, settings, peer_to_peer=store is None, bind_all=bind_all)
         generation = secrets.token_hex(8)
@@ -94,8 +114,10 @@ class TransferEngine:
         self.name = self._directory.name
         self._own = SegmentDescriptor(self.name, generation=generation)
         for transport in self._transports:
-            self._own = transport.describe(self._own)
-        handlers = Handlers(generation, self._directory.metadata_reply, self._notifications.put, self._fence)
+            transport.start(self.name, self._republish)
+        handlers = Handlers(
+            generation, self._directory.metadata_reply, self._notifications.put, self._fence, self._answer
+        )
         control = ControlServer(rpc, handlers, settings)
         self._closers.append(control.stop)
         self._closers.append(self._directory.withdraw)
@@ -194,8 +216,17 @@ class TransferEngine:
         buffers = tuple(
             BufferDescriptor(r.address, r.length, r.location, r.readonly) for r in registrations if r.remote_accessible
         )
+        for transport in self._transports:
+            buffers = transport.buffers(buffers)
+            self._own = transport.describe(self._own)
         self._own = self._own.with_buffers(buffers)
         self._directory.publish(self._own)
+
+    def _republish(self) -> None:
+        """A transport has something new to say of itself."""
+        with self._lock:
+            if not self._closed:
+                self._publish(self._registrations)
 
     # --- transfers ------------------------------------------------------------------------------------------
 
@@ -302,6 +333,10 @@ class TransferEngine:
 
     def _fence(self, connection: str, timeout: float) -> bool:
         return all([transport.fence(connection, timeout) for transport in self._transports])
+
+    def _answer(self, request: Any) -> dict[str, Any]:
+        replies = (transport.answer(request) for transport in self._transports)
+        return next((reply for reply in replies if reply is not None), None) or refuse_connection(request)
 
     # --- end ------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 MooncakeError
 ├── ConfigError (ValueError)          a flag, variable or argument that cannot be
+├── DeviceError (OSError)             an RDMA device that cannot be used as it is
 ├── MetadataError
 │   ├── MetadataUnavailable (ConnectionError)   the store does not answer
 │   ├── SegmentNotFound (LookupError)           nobody has this name
@@ -22,6 +23,10 @@ class MooncakeError(Exception):
 
 class ConfigError(MooncakeError, ValueError):
     """A flag, variable or argument has an impossible value; the text says which and what is accepted."""
+
+
+class DeviceError(MooncakeError, OSError):
+    """An RDMA device, port or queue pair cannot be used; the text names it and says why."""
 
 
 class MetadataError(MooncakeError):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 from mooncake_hpc.control import client
 from mooncake_hpc.control.directory import Directory
+from mooncake_hpc.control.frames import Kind
 from mooncake_hpc.errors import MetadataError, MetadataUnavailable, PeerLost, SegmentNotFound
 from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
 from mooncake_hpc.settings import Settings
@@ -79,6 +81,9 @@ class Segment:
         if reply.generation != self._descriptor.generation:
             raise PeerLost(f"segment {self.name!r}: another process answers at {self._rpc_address}")
         return reply.fenced
+
+    def handshake(self, request: dict[str, Any], timeout: float) -> Any:
+        return client.exchange(self._rpc_address, Kind.CONNECTION, request, timeout, self._settings)
 
     def replaced(self) -> bool:
         """Whether the name now belongs to another process, or to none."""

@@ -23,6 +23,17 @@ class BufferDescriptor:
     length: int
     name: str
     readonly: bool = False
+    lkeys: tuple[int, ...] = ()  # of RDMA, one a device of the segment
+    rkeys: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceDescriptor:
+    """An RDMA device of a node: its GID as the original writes it, its LID (0 on Ethernet)."""
+
+    name: str
+    gid: str
+    lid: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +47,14 @@ class SegmentDescriptor:
     tcp_proto_version: int = 1
     generation: str = ""  # random a process; empty when the original published it
     shm_socket: str = ""  # abstract Unix socket that hands out the memory files
-    extra: dict[str, Any] = field(default_factory=dict, compare=False)
+    devices: tuple[DeviceDescriptor, ...] = ()  # of RDMA
+    priority_matrix: dict[str, list[list[str]]] = field(default_factory=dict)
+    rdma_server_name: str = ""  # stands for `name` in NIC paths
+
+    @property
+    def nic_server(self) -> str:
+        """The part of its NIC paths before the @."""
+        return self.rdma_server_name or self.name
 
     def with_buffers(self, buffers: tuple[BufferDescriptor, ...]) -> SegmentDescriptor:
         """The same node with other buffers."""
@@ -49,17 +67,20 @@ class SegmentDescriptor:
             "shm_socket": self.shm_socket,
             "readonly": [i for i, b in enumerate(self.buffers) if b.readonly],
         }
-        value = {
-            "buffers": [{"addr": b.address, "length": b.length, "name": b.name} for b in self.buffers],
+        value: dict[str, Any] = {
+            "buffers": [_buffer(b) for b in self.buffers],
             "name": self.name,
-            "protocol": "tcp",
-            "rdma_server_name": "",
+            "protocol": "rdma" if self.devices else "tcp",
+            "rdma_server_name": self.rdma_server_name,
             "tcp_data_host": self.tcp_data_host,
             "tcp_data_port": self.tcp_data_port,
             "tcp_proto_version": self.tcp_proto_version,
             "timestamp": time.strftime("%Y-%m-%d %H:%M:%S"),
             OURS: ours,
         }
+        if self.devices:
+            value["devices"] = [{"gid": d.gid, "lid": d.lid, "name": d.name} for d in self.devices]
+            value["priority_matrix"] = self.priority_matrix
         return json.dumps(value, sort_keys=True, separators=(",", ":")) + "\n"
 
     @classmethod
@@ -69,10 +90,7 @@ class SegmentDescriptor:
             value = json.loads(text)
             ours = value.get(OURS) or {}
             readonly = set(ours.get("readonly", ()))
-            buffers = tuple(
-                BufferDescriptor(int(b["addr"]), int(b["length"]), str(b.get("name", "")), i in readonly)
-                for i, b in enumerate(value.get("buffers") or ())
-            )
+            buffers = tuple(_parse_buffer(b, i in readonly) for i, b in enumerate(value.get("buffers") or ()))
             return cls(
                 name=str(value["name"]),
                 buffers=buffers,
@@ -81,7 +99,26 @@ class SegmentDescriptor:
                 tcp_proto_version=int(value.get("tcp_proto_version") or 1),
                 generation=str(ours.get("generation", "")),
                 shm_socket=str(ours.get("shm_socket", "")),
-                extra={k: v for k, v in value.items() if k in ("protocol", "devices", "priority_matrix")},
+                devices=tuple(
+                    DeviceDescriptor(str(d["name"]), str(d["gid"]), int(d.get("lid") or 0))
+                    for d in value.get("devices") or ()
+                ),
+                priority_matrix=dict(value.get("priority_matrix") or {}),
+                rdma_server_name=str(value.get("rdma_server_name") or ""),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MetadataError(f"{where} holds no segment descriptor: {error!r}") from error
+
+
+def _buffer(buffer: BufferDescriptor) -> dict[str, Any]:
+    value: dict[str, Any] = {"addr": buffer.address, "length": buffer.length, "name": buffer.name}
+    if buffer.rkeys:
+        value |= {"lkey": list(buffer.lkeys), "rkey": list(buffer.rkeys)}
+    return value
+
+
+def _parse_buffer(value: dict[str, Any], readonly: bool) -> BufferDescriptor:
+    lkeys, rkeys = (tuple(map(int, value.get(kind) or ())) for kind in ("lkey", "rkey"))
+    return BufferDescriptor(
+        int(value["addr"]), int(value["length"]), str(value.get("name", "")), readonly, lkeys, rkeys
+    )

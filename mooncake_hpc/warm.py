@@ -6,6 +6,7 @@ Without this all ranks of a node would compile the same kernels at the same time
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import os
 import time
 from pathlib import Path
@@ -29,6 +30,8 @@ def warm() -> float:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for protocol in ("tcp", "shm"):
             transfer(protocol)
+        if importlib.util.find_spec("pyverbs") is not None:
+            _compile_rdma()
         _prepare()
     return time.monotonic() - begin
 
@@ -51,6 +54,14 @@ def transfer(protocol: str) -> None:
         segment = initiator.open_segment(target.name)
         initiator.write(ours, segment, segment.buffers[0].address, TIMEOUT)
         initiator.read(ours, segment, segment.buffers[0].address, TIMEOUT)
+
+
+def _compile_rdma() -> None:
+    """Without a device, which a machine that prepares others need not have."""
+    from mooncake_hpc.kernels import rdma
+    from mooncake_hpc.kernels.native import compile_ahead
+
+    compile_ahead(*rdma.KERNELS)
 
 
 def _prepare() -> None:

@@ -54,6 +54,7 @@ DOWN, UP, CLOSED = 0, 1, 2
 
 # --- entry: 4 words
 ENTRY, ENTRY_SLICES, ENTRY_COUNT, ENTRY_BATCH = 32, 0, 8, 16
+ENTRY_DONE = 24  # completed slices, for a transport that completes them in any order
 
 # --- slice: 4 words
 SLICE, LOCAL, REMOTE, LENGTH, META = 32, 0, 8, 16, 24  # META: request index << 8 | flags
@@ -183,6 +184,7 @@ def enqueue(lane, slices, count, batch):
     put(entry + ENTRY_SLICES, slices)
     put(entry + ENTRY_COUNT, count)
     put(entry + ENTRY_BATCH, batch)
+    put(entry + ENTRY_DONE, 0)
     if tail == load(lane + HEAD):
         put(lane + PROGRESS, now())
     store(lane + TAIL, tail + 1)

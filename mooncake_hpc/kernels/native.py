@@ -212,6 +212,7 @@ sendmsg = _libc("sendmsg", _i32, _i64, _i32)
 recvmsg = _libc("recvmsg", _i32, _i64, _i32)
 write = _libc("write", _i32, _i64, _i64)
 read = _libc("read", _i32, _i64, _i64)
+epoll_wait = _libc("epoll_wait", _i32, _i64, _i32, _i32)
 
 
 def _call(builder: Any, name: str, result: Any, kinds: list[Any], arguments: list[Any]) -> Any:

@@ -39,6 +39,8 @@ ROUTE_TABLES = 0  # readable, writable
 ROUTE_LIMIT = 16  # largest slice
 ROUTE_FENCE = 24  # address of a byte for version 1's fences: a READ that follows the last WRITE; 0: none needed
 ROUTE_LANE = 32  # the lane, where there is one alone, else 0
+ROUTE_TAIL = 40  # a rest of at most this many bytes is taken into the slice before it
+ROUTE_BORDERS = 48  # address of tables of ours, readable and writable, whose borders no slice crosses; 0: none
 ROUTE_WORDS = 8
 
 # --- words of an engine's block
@@ -65,11 +67,12 @@ def cut(batch, count, target, local, route, slices, room):
     """Write the slices of those of the batch's `count` requests that go to segment `target`; their number.
 
     `local` is the address of a pair of tables, readable and writable, `route` that of a route block. A slice crosses
-    no border of a remote buffer and is at most the route's limit. Below 0: -(request * REASONS + reason).
+    no border of a remote buffer and is at most the route's limit and tail. Below 0: -(request * REASONS + reason).
     """
     made = fence_at = others = 0
     requests, status, pending = get(batch + REQUESTS), get(batch + STATUS), get(batch + PENDING)
-    limit, fence_byte = get(route + ROUTE_LIMIT), get(route + ROUTE_FENCE)
+    limit, fence_byte, tail = get(route + ROUTE_LIMIT), get(route + ROUTE_FENCE), get(route + ROUTE_TAIL)
+    borders = get(route + ROUTE_BORDERS)
     for index in range(count):
         record = requests + 32 * index
         if get(record) >> 32 != target:
@@ -85,9 +88,15 @@ def cut(batch, count, target, local, route, slices, room):
         allowed = get(route + ROUTE_TABLES + 8 * opcode)
         pieces = 0
         while length > 0:
-            size = min(reach(allowed, theirs) - theirs, min(length, limit))
+            size = min(reach(allowed, theirs) - theirs, length)
             if size <= 0:
                 return -(index * REASONS + REMOTE_UNREGISTERED)
+            if borders != 0:
+                size = min(reach(get(borders + 8 * (1 - opcode)), ours) - ours, size)
+                if size <= 0:
+                    return -(index * REASONS + LOCAL_UNREGISTERED)
+            if size - limit > tail:
+                size = limit
             if made >= room - 1:
                 return -(index * REASONS + NO_ROOM)
             piece = slices + SLICE * made

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from mooncake_hpc.kernels import ranges, slicer
 from mooncake_hpc.memory import MemoryFile
-from mooncake_hpc.segment import SegmentDescriptor
+from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
 from mooncake_hpc.transports.lane import Lane
 
 WHOLE = 1 << 62  # slice limit of a route with one lane: no reason to cut
@@ -50,6 +51,12 @@ class Tables:
         return cls([(s, e) for s, e, _ in spans], [(s, e) for s, e, readonly in spans if not readonly])
 
 
+class RangePair(Protocol):
+    """What gives a pair of table addresses, readable and writable, and keeps the tables."""
+
+    pair: npt.NDArray[np.int64]
+
+
 class Peer(Protocol):
     """A remote segment as a transport sees it."""
 
@@ -68,13 +75,16 @@ class Peer(Protocol):
     def fence(self, connection: str, timeout: float) -> bool:
         """Whether nothing sent over that data connection can land any more (False: the peer cannot tell)."""
 
+    def handshake(self, request: dict[str, Any], timeout: float) -> Any:
+        """The answer of its RPC port to a Connection request. Raises PeerLost."""
+
 
 class Route(ABC):
     """The way of one transport to one peer: its lanes, and which remote ranges they reach."""
 
     transport: str
 
-    def __init__(self, lanes: list[Lane], tables: Tables, slice_limit: int = WHOLE, fence_byte: int = 0) -> None:
+    def __init__(self, lanes: list[Lane], tables: RangePair, slice_limit: int = WHOLE, fence_byte: int = 0) -> None:
         """`fence_byte` is the address of a scratch byte for protocol version 1, see `kernels.slicer`."""
         self.lanes = lanes
         self._block = np.zeros(slicer.ROUTE_WORDS, np.int64)
@@ -84,7 +94,7 @@ class Route(ABC):
         self._block[slicer.ROUTE_LANE // 8] = lanes[0].address if len(lanes) == 1 else 0
         self._set_tables(tables)
 
-    def _set_tables(self, tables: Tables) -> None:
+    def _set_tables(self, tables: RangePair) -> None:
         self._block[:2] = tables.pair  # no kernel reads them meanwhile: those hold the GIL
         self._tables = tables
 
@@ -106,6 +116,18 @@ class Transport(ABC):
     @abstractmethod
     def export(self, registrations: Sequence[Registration], *, shrinks: bool) -> None:
         """Serve exactly these from now on; with `shrinks`, return only once no peer can touch the others any more."""
+
+    def start(self, name: str, changed: Callable[[], None]) -> None:
+        """Before all else: the name that we publish, and what to call when `describe` has something new to say."""
+        return
+
+    def buffers(self, buffers: tuple[BufferDescriptor, ...]) -> tuple[BufferDescriptor, ...]:
+        """Add to the descriptors of exported memory what peers need to reach it."""
+        return buffers
+
+    def answer(self, request: Any) -> dict[str, Any] | None:
+        """The answer to a Connection request at our RPC port, or None where that is another transport's."""
+        return None
 
     @abstractmethod
     def describe(self, descriptor: SegmentDescriptor) -> SegmentDescriptor:

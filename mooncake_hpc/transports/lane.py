@@ -115,6 +115,10 @@ class Lane(ABC):
     def interrupt(self) -> None:
         """Cut the connection under a cancelled batch; the others' slices go on over a new one."""
 
+    def tend(self) -> None:
+        """Called by the lane's thread whenever `attend` has returned."""
+        return
+
     @abstractmethod
     def repair(self) -> None:
         """Called by the lane's thread, as the lane's owner, when it is DOWN: leave it UP, or its queue failed."""
@@ -132,13 +136,17 @@ class Lane(ABC):
 
     def _finish(self) -> None:
         layout.seize(self.address, time.monotonic_ns() + 5_000_000_000)
-        layout.fail_all(self.address, layout.CANCELLED)
+        self.fail_queue(layout.CANCELLED)
         self.disconnect()
         with self._lock:  # producers ring the doorbell under it
             self._queued.clear()
             doorbell, self._doorbell = self._doorbell, -1
         if doorbell >= 0:
             os.close(doorbell)
+
+    def fail_queue(self, code: int) -> None:
+        """As the lane's owner: fail all that is queued."""
+        layout.fail_all(self.address, code)
 
     @abstractmethod
     def disconnect(self) -> None:
@@ -148,6 +156,7 @@ class Lane(ABC):
         while self._get(layout.STATE) != layout.CLOSED:
             try:
                 self.attend_kernel(self.address)
+                self.tend()
                 if self._get(layout.STATE) == layout.DOWN:
                     self._repair()
                     layout.await_work(self.address)

@@ -1,0 +1,334 @@
+"""The lane to one peer: its rails, opened on first use, replaced where they break."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import select
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from mooncake_hpc.errors import DeviceError, MooncakeError, PeerLost
+from mooncake_hpc.kernels import lane as layout
+from mooncake_hpc.kernels import rdma as native
+from mooncake_hpc.kernels import slicer
+from mooncake_hpc.kernels import verbs as verbs_layout
+from mooncake_hpc.segment import SegmentDescriptor
+from mooncake_hpc.settings import Settings
+from mooncake_hpc.topology import Topology
+from mooncake_hpc.transports.base import Peer, Route
+from mooncake_hpc.transports.lane import Lane
+from mooncake_hpc.transports.rdma.nic import Nic
+from mooncake_hpc.transports.rdma.paths import Path, Plan, plan
+from mooncake_hpc.transports.rdma.pool import Pool
+from mooncake_hpc.transports.rdma.rail import Rail
+from mooncake_hpc.transports.rdma.regions import KeyTables, Regions, remote_rows
+
+log = logging.getLogger(__name__)
+
+MAX_RAILS = 8
+ATTEMPTS = 3  # breaks in a row without one more completed slice before the queue fails; one a path where those are more
+HANDSHAKE_TIMEOUT = 10.0  # seconds
+FLUSH_TIMEOUT = 2.0  # seconds for a device to give back what was under way, after which the queue pairs are destroyed
+WINDOW = 1 << 20  # bytes under way a rail where there are several
+SEIZE_TIMEOUT = 5_000_000_000  # ns
+EPOLL_EVENT = 12  # bytes of struct epoll_event on x86-64; 16 elsewhere
+UNDRAINED = 1024  # events left in the channels, at about 100 bytes in the kernel
+
+
+class LaneBlock:
+    """The words of `kernels.rdma` in a lane's block, and the arrays that they refer to."""
+
+    def __init__(self, words: np.ndarray, slots: int) -> None:
+        """`slots` is how many slices may ever be under way."""
+        capacity = 1 << (slots - 1).bit_length()
+        self.rails = np.zeros(MAX_RAILS, np.int64)
+        self._retry = np.zeros(2 * capacity, np.int64)
+        self._completions = np.zeros(native.POLLED * verbs_layout.WC // 8, np.int64)
+        self._events = np.zeros(2 * native.MAX_EVENTS, np.int64)
+        for word, value in (
+            (native.RAILS, int(self.rails.ctypes.data)),
+            (native.RETRY, int(self._retry.ctypes.data)),
+            (native.RETRY_MASK, capacity - 1),
+            (native.COMPLETIONS, int(self._completions.ctypes.data)),
+            (native.EVENTS, int(self._events.ctypes.data)),
+            (native.WINDOW, WINDOW),
+        ):
+            words[word // 8] = value
+
+
+class RdmaLane(Lane):
+    """Everything to one peer. A broken rail is flushed before its slices go over another."""
+
+    drive_kernel = staticmethod(native.drive)
+    attend_kernel = staticmethod(native.attend)
+
+    def __init__(
+        self, peer: Peer, nics: Sequence[Nic], topology: Topology, pool: Pool, regions: Regions, keys: KeyTables,
+        settings: Settings,
+    ) -> None:  # fmt: skip
+        super().__init__(f"rdma/{peer.name}/0", peer.name, settings.transfer_timeout)
+        self._peer, self._nics, self._topology, self._pool, self._settings = peer, nics, topology, pool, settings
+        self._rails: list[Rail] = []
+        self._paused: dict[Path, float] = {}  # until when (time.monotonic())
+        self._opened = False
+        self._failures, self._stuck_at = 0, (-1, -1)
+        self._block = LaneBlock(self.words, MAX_RAILS * settings.rdma.queue_pairs * settings.rdma.max_wr)
+        self._set(native.LOCAL_KEYS, regions.tables.address)
+        self._set(native.REMOTE_KEYS, keys.address)
+        self._set(native.FAILURES, settings.rdma.retries)
+        self._epoll = select.epoll()
+        self._epoll.register(self._doorbell, select.EPOLLIN)
+        self._set(native.EPOLL, self._epoll.fileno())
+        self._drained = 0
+        self._thread.start()
+
+    # --- what others call -----------------------------------------------------------------------------------
+
+    def drive(self, batch: int, until: int) -> int:
+        code = super().drive(batch, until)
+        if self._get(native.SLEEPS) - self._drained > UNDRAINED:
+            self._drain_events()
+        return code
+
+    def interrupt(self) -> None:
+        for rail in list(self._rails):
+            rail.flush(self.address)
+        self.wake()
+
+    def wake(self) -> None:
+        """Have the lane's thread look after the rails."""
+        self._set(native.WANTED, 1)
+        layout.ring_thread(self.address)
+        layout.ring_leader(self.address)
+
+    def device_changed(self, nic: Nic) -> None:
+        """Its port came or went."""
+        if nic.active:
+            for path in [path for path in self._paused if path.local == nic.index]:
+                self._paused.pop(path, None)
+        else:
+            for rail in list(self._rails):
+                if rail.path.local == nic.index:
+                    native.spoil(self.address, rail.address, verbs_layout.FLUSHED, 0)
+                    self.last_error = f"RDMA device {nic} is down"
+        self.wake()
+
+    def look_after(self) -> None:
+        """Called once in a while: paths whose pause is over are opened again."""
+        now = time.monotonic()
+        if self._rails and any(until <= now for until in list(self._paused.values())):
+            self.wake()
+
+    @property
+    def turn(self) -> int:
+        return self._get(native.TURN)
+
+    def past(self, turn: int) -> bool:
+        """Whether no kernel looks at anything that was replaced in that turn."""
+        return self._get(native.TURN) != turn or self._get(layout.OWNER) == 0
+
+    # --- the lane's thread ----------------------------------------------------------------------------------
+
+    def tend(self) -> None:
+        if not self._get(native.WANTED):
+            return
+        self._set(native.WANTED, 0)
+        self._bury()
+        if self._get(layout.STATE) == layout.UP and any(rail.state == native.LIVE for rail in self._rails):
+            self._open_missing()
+
+    def repair(self) -> None:
+        self._bury(owned=True)
+        native.drop_cancelled(self.address)
+        if self._opened:
+            at = self._get(layout.HEAD), self._get(layout.BYTES)
+            self._failures = self._failures + 1 if at == self._stuck_at else 0
+            self._stuck_at = at
+        while self.pending and self._get(layout.STATE) == layout.DOWN:
+            try:
+                self._check_hope()
+                self._open_first()
+            except (OSError, MooncakeError) as error:
+                self._note(str(error))
+                self.fail_queue(layout.LOST)
+                return
+            self._set(layout.PROGRESS, time.monotonic_ns())
+            layout.go_up(self.address)
+            self.wake()
+            return
+
+    def fail_queue(self, code: int) -> None:
+        for rail in list(self._rails):
+            rail.flush(self.address)
+        self._bury(owned=True)
+        native.fail_queue(self.address, code)
+        self._failures, self._stuck_at = 0, (-1, -1)
+
+    def disconnect(self) -> None:
+        self._epoll.close()
+
+    # --- inside ---------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _owned(self) -> Iterator[None]:
+        """Be the lane's owner for a moment."""
+        self._set(native.YIELD, 1)
+        layout.ring_leader(self.address)
+        try:
+            if not layout.seize(self.address, time.monotonic_ns() + SEIZE_TIMEOUT):
+                raise PeerLost(f"{self.peer}: the RDMA lane is stuck")
+        finally:
+            self._set(native.YIELD, 0)
+        try:
+            yield
+        finally:
+            layout.hand_over(self.address)
+
+    def _bury(self, owned: bool = False) -> None:
+        """Flush broken rails, see all that was under way come back, and take them out."""
+        own: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext if owned else self._owned
+        for rail in [rail for rail in self._rails if rail.state != native.LIVE]:
+            rail.flush(self.address)
+            while True:
+                with own():
+                    native.settle(self.address)
+                    if rail.state != native.DEAD and time.monotonic() - rail.flushed_at > FLUSH_TIMEOUT:
+                        log.warning("%s: what was under way does not come back", rail.explain())
+                        rail.endpoint.close_pairs()
+                        native.take_back(self.address, rail.address)
+                    if rail.state == native.DEAD:
+                        self._take_out(rail)
+                        break
+                time.sleep(0.0005)
+
+    def _take_out(self, rail: Rail) -> None:
+        """As the owner."""
+        self._rails.remove(rail)
+        self._list_rails()
+        self._note(rail.explain() if rail.faulty or not self.last_error else "")
+        if rail.faulty:
+            log.info("%s; paused for %g s", rail.explain(), self._settings.rdma.rail_pause)
+            self._paused[rail.path] = time.monotonic() + self._settings.rdma.rail_pause
+        rail.endpoint.lost = None
+        self._pool.discard(rail.endpoint)
+
+    def _note(self, error: str) -> None:
+        """The first cause stays what batches fail with."""
+        if error:
+            self.last_error = error if not self._failing else f"{self.last_error}; {error}"
+
+    @property
+    def _failing(self) -> bool:
+        return self._failures > 0 and bool(self.last_error)
+
+    def _check_hope(self) -> None:
+        """Raise PeerLost when everything was tried without one more completed slice."""
+        if self._failures >= max(ATTEMPTS, len(self._plan().paths)):
+            raise PeerLost(f"{self.peer}: {self._failures} connections in a row carried nothing")
+
+    def _plan(self) -> Plan:
+        descriptor = self._peer.descriptor
+        remote = {
+            location: (tuple(lists[0]), tuple(lists[-1]))
+            for location, lists in descriptor.priority_matrix.items()
+            if lists
+        }
+        return plan(
+            [nic.name for nic in self._nics], self._topology.matrix, [d.name for d in descriptor.devices], remote
+        )
+
+    def _wanted(self) -> list[Path]:
+        """The paths that should carry bytes now, best first."""
+        now, made = time.monotonic(), self._plan()
+        alive = [path for path in made.paths if self._nics[path.local].active]
+        rested = [path for path in alive if self._paused.get(path, 0.0) <= now]
+        return rested[: min(made.width, MAX_RAILS)]
+
+    def _open_first(self) -> None:
+        """The first rail, as the owner of a lane that has none. Raises MooncakeError, of the first path that failed."""
+        if self._opened:
+            self._peer.refresh()
+        self._opened = True
+        paths = self._wanted()
+        if not paths:  # all are paused or down: rather try those than nothing
+            paths = [path for path in self._plan().paths if self._nics[path.local].active]
+        if not paths:
+            names = ", ".join(str(nic) for nic in self._nics)
+            raise DeviceError(0, f"{self.peer}: no RDMA device is active: {names}")
+        first: MooncakeError | None = None
+        for path in paths:
+            try:
+                self._attach(self._open(path))
+                return
+            except MooncakeError as error:
+                first = first or error
+                self._paused[path] = time.monotonic() + self._settings.rdma.rail_pause
+        assert first is not None
+        raise first
+
+    def _open_missing(self) -> None:
+        """Further rails, while others carry bytes."""
+        for path in self._wanted():
+            if self._get(layout.STATE) != layout.UP or any(rail.path == path for rail in self._rails):
+                continue
+            if len(self._rails) >= MAX_RAILS:
+                return
+            try:
+                rail = self._open(path)
+                with self._owned():
+                    self._attach(rail)
+            except MooncakeError as error:
+                log.info("%s; paused for %g s", error, self._settings.rdma.rail_pause)
+                self._paused[path] = time.monotonic() + self._settings.rdma.rail_pause
+
+    def _open(self, path: Path) -> Rail:
+        device = self._peer.descriptor.devices[path.remote].name
+        endpoint = self._pool.open(self._nics[path.local], self._peer, device, HANDSHAKE_TIMEOUT)
+        rail = Rail(path, endpoint)
+        endpoint.attach(lambda: self._lose(rail))
+        self._paused.pop(path, None)
+        return rail
+
+    def _attach(self, rail: Rail) -> None:
+        """As the owner."""
+        if rail.endpoint.queue.fd >= 0:  # edges: nobody takes the events out of the channel before they are many
+            self._epoll.register(rail.endpoint.queue.fd, select.EPOLLIN | select.EPOLLET)
+        self._rails.append(rail)
+        self._list_rails()
+
+    def _list_rails(self) -> None:
+        for number, rail in enumerate(self._rails):
+            self._block.rails[number] = rail.address
+        self._set(native.RAIL_COUNT, len(self._rails))
+
+    def _lose(self, rail: Rail) -> None:
+        """The peer has replaced the endpoint, or the pool has evicted it."""
+        rail.flush(self.address)
+        self.wake()
+
+    def _drain_events(self) -> None:
+        self._drained = self._get(native.SLEEPS)
+        for rail in list(self._rails):
+            if not rail.endpoint.gone:
+                rail.endpoint.queue.drain_events()
+
+
+class RdmaRoute(Route):
+    """One lane; its slices are MC_SLICE_SIZE long and lie in one region on both sides."""
+
+    transport = "rdma"
+
+    def __init__(self, lane: RdmaLane, keys: KeyTables, regions: Regions, settings: Settings) -> None:
+        self._keys = keys
+        self.lane = lane
+        super().__init__([lane], keys, settings.rdma.slice_size)
+        self._block[slicer.ROUTE_TAIL // 8] = settings.rdma.slice_size // settings.rdma.fragment_ratio
+        self._block[slicer.ROUTE_BORDERS // 8] = regions.tables.address
+
+    def update(self, descriptor: SegmentDescriptor) -> None:
+        old = self._keys.fill(remote_rows(descriptor))
+        self._set_tables(self._keys)
+        del old  # not before our block refers to the new ones

@@ -1,0 +1,214 @@
+"""All endpoints of this process: made by the handshake in both roles, at most MC_MAX_EP_PER_CTX a device."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mooncake_hpc.errors import DeviceError, MooncakeError, PeerLost
+from mooncake_hpc.settings import RdmaSettings
+from mooncake_hpc.transports.base import Peer
+from mooncake_hpc.transports.rdma.endpoint import READY_TIMEOUT, Endpoint
+from mooncake_hpc.transports.rdma.handshake import Hello
+from mooncake_hpc.transports.rdma.nic import Nic
+from mooncake_hpc.transports.rdma.sieve import Sieve
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 4  # handshakes for one endpoint: the peer may be at the same at the same time
+
+
+class Pool:
+    """Thread-safe. No lock is held while a peer is asked: a slow one keeps nobody else waiting."""
+
+    def __init__(self, nics: Sequence[Nic], settings: RdmaSettings, gid_changed: Callable[[], None]) -> None:
+        self._nics = nics
+        self._settings = settings
+        self._gid_changed = gid_changed
+        self._lock = threading.Lock()
+        self._known: list[Sieve[str, Endpoint]] = [Sieve(_used) for _ in nics]  # by device; by the peer's path
+        self._closed = False
+        self.server = ""  # the first half of our NIC paths
+
+    # --- active ---------------------------------------------------------------------------------------------
+
+    def open(self, nic: Nic, peer: Peer, device: str, timeout: float) -> Endpoint:
+        """An endpoint from `nic` to the peer's device, connected and confirmed within `timeout` seconds.
+
+        Raises PeerLost, DeviceError.
+        """
+        deadline = time.monotonic() + timeout
+        path = f"{peer.descriptor.nic_server}@{device}"
+        for _ in range(ATTEMPTS + self._settings.gid_retries):
+            endpoint = self._obtain(nic, path)
+            try:
+                if self._connected(endpoint, peer, device, deadline):
+                    return endpoint
+            except BaseException:
+                if not endpoint.connected:
+                    self.discard(endpoint)
+                raise
+            self.discard(endpoint)
+        raise PeerLost(f"{path}: no agreement on queue pairs in {ATTEMPTS} handshakes")
+
+    def _connected(self, endpoint: Endpoint, peer: Peer, device: str, deadline: float) -> bool:
+        """Bring the endpoint to where we may post; False when another one has to be tried."""
+        if endpoint.connected:
+            if not endpoint.ready.wait(min(READY_TIMEOUT, max(0.0, deadline - time.monotonic()))):
+                raise PeerLost(f"{endpoint.peer_path}: the peer does not confirm the connection that it asked for")
+            return not endpoint.gone
+        if endpoint.peer_path == endpoint.local_path:
+            reply = endpoint.hello(None)
+        else:
+            answer = self._ask(endpoint, peer, deadline)
+            if answer is None:
+                return endpoint.connected
+            reply = answer
+        if not reply.gid:
+            reply = replace(reply, gid=_published_gid(peer, device))
+        try:
+            with endpoint.lock:
+                if endpoint.gone or (endpoint.peer_numbers and not endpoint.belongs_to(reply)):
+                    return False
+                if not endpoint.peer_numbers:
+                    endpoint.connect(reply)
+        except DeviceError as error:
+            if error.errno == errno.EINVAL and endpoint.nic.next_gid(endpoint.gid):
+                self._gid_changed()
+                return False
+            raise
+        if reply.ready is not None:
+            self._confirm(endpoint, peer, deadline)
+        endpoint.ready.set()
+        return not endpoint.gone
+
+    def _ask(self, endpoint: Endpoint, peer: Peer, deadline: float) -> Hello | None:
+        """The peer's answer; None where the exchange failed and the peer has connected us meanwhile."""
+        where = f"the answer of {endpoint.peer_path}"
+        try:
+            answer = peer.handshake(endpoint.hello(False).to_json(), max(0.1, deadline - time.monotonic()))
+            reply = Hello.from_json(answer, where)
+        except PeerLost:
+            if endpoint.connected and endpoint.ready.wait(1.0):
+                return None
+            raise
+        if reply.error:
+            raise PeerLost(f"{endpoint.peer_path} refuses the connection from {endpoint.local_path}: {reply.error}")
+        if (reply.local_path, reply.peer_path) != (endpoint.peer_path, endpoint.local_path):
+            raise PeerLost(f"{where} is of {reply.local_path!r} for {reply.peer_path!r}")
+        return reply
+
+    def _confirm(self, endpoint: Endpoint, peer: Peer, deadline: float) -> None:
+        request = endpoint.hello(None).ready_ack().to_json()
+        answer = peer.handshake(request, max(0.1, deadline - time.monotonic()))
+        reply = Hello.from_json(answer, f"the confirmation of {endpoint.peer_path}")
+        if reply.error:
+            raise PeerLost(f"{endpoint.peer_path} does not confirm the connection: {reply.error}")
+
+    # --- passive --------------------------------------------------------------------------------------------
+
+    def answer(self, request: Any) -> dict[str, Any]:
+        """The reply to a peer's request; a refusal says why."""
+        try:
+            return self._answer(Hello.from_json(request, "the request")).to_json()
+        except MooncakeError as error:
+            log.info("RDMA handshake refused: %s", error)
+            return Hello("", "", (), error=str(error)).to_json()
+
+    def _answer(self, request: Hello) -> Hello:
+        nic = next((nic for nic in self._nics if request.peer_path == f"{self.server}@{nic.name}"), None)
+        if nic is None or "@" not in request.local_path:
+            ours = ", ".join(f"{self.server}@{nic.name}" for nic in self._nics)
+            raise PeerLost(
+                f"Invalid argument: peer nic path inconsistency: {request.local_path!r} asks for"
+                f" {request.peer_path!r}, here are {ours}"
+            )
+        if request.ready:
+            return self._take_confirmation(nic, request)
+        with self._lock:
+            known = self._known[nic.index].get(request.local_path)
+        if known is not None and known.peer_numbers and not known.belongs_to(request):
+            log.info("%s connects again: its old endpoint at %s is retired", request.local_path, nic)
+            self.discard(known)
+        endpoint = self._obtain(nic, request.local_path)
+        try:
+            with endpoint.lock:
+                if not endpoint.peer_numbers:
+                    endpoint.connect(request)
+                    if request.ready is None:
+                        endpoint.ready.set()
+        except BaseException:
+            self.discard(endpoint)
+            raise
+        if not endpoint.belongs_to(request):
+            raise PeerLost(f"{request.local_path} asks with several queue pairs at once")
+        return endpoint.hello(None if request.ready is None else False)
+
+    def _take_confirmation(self, nic: Nic, request: Hello) -> Hello:
+        with self._lock:
+            endpoint = self._known[nic.index].get(request.local_path)
+        if endpoint is None or not endpoint.connected:
+            raise PeerLost("Received RDMA ready ACK for unconnected endpoint")
+        if not endpoint.belongs_to(request):
+            raise PeerLost("Received RDMA ready ACK with mismatched peer QP numbers")
+        endpoint.ready.set()
+        return Hello("", "", ())
+
+    # --- both -----------------------------------------------------------------------------------------------
+
+    def _obtain(self, nic: Nic, path: str) -> Endpoint:
+        """The present endpoint of the path, or a new one. Raises DeviceError."""
+        known, evicted = self._known[nic.index], None
+        with self._lock:
+            endpoint = known.get(path)
+            if endpoint is not None and not endpoint.gone:
+                return endpoint
+            if self._closed:
+                raise PeerLost("the engine is closed")
+            if len(known) >= self._settings.max_endpoints:
+                evicted = known.evict()
+            endpoint = Endpoint(nic, f"{self.server}@{nic.name}", path, self._settings)
+            known.put(path, endpoint)
+        if evicted is not None:
+            evicted.give_up()
+        return endpoint
+
+    def discard(self, endpoint: Endpoint) -> None:
+        """Forget it and end it."""
+        known = self._known[endpoint.nic.index]
+        with self._lock:
+            if known.get(endpoint.peer_path) is endpoint:
+                known.drop(endpoint.peer_path)
+        endpoint.give_up()
+
+    def reclaim(self) -> None:
+        """Release the endpoints that broke while no lane used them."""
+        with self._lock:
+            broken = [endpoint for known in self._known for endpoint in known if endpoint.gone]
+        for endpoint in broken:
+            self.discard(endpoint)
+
+    def close(self) -> None:
+        """End all. Idempotent."""
+        with self._lock:
+            self._closed = True
+            endpoints = [endpoint for known in self._known for endpoint in known]
+        for endpoint in endpoints:
+            endpoint.lost = None
+            self.discard(endpoint)
+
+
+def _used(endpoint: Endpoint) -> bool:
+    used, endpoint.used = endpoint.used, False
+    return used
+
+
+def _published_gid(peer: Peer, device: str) -> bytes:
+    """For originals before 0.3.11, whose answers have none."""
+    text = next((d.gid for d in peer.descriptor.devices if d.name == device), "")
+    return bytes.fromhex(text.replace(":", ""))
