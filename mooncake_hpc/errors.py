@@ -2,7 +2,7 @@
 
 MooncakeError
 ├── ConfigError (ValueError)          a flag, variable or argument that cannot be
-├── DeviceError (OSError)             an RDMA device that cannot be used as it is
+│   └── DeviceError                   an RDMA device that cannot be used as it is
 ├── MetadataError
 │   ├── MetadataUnavailable (ConnectionError)   the store does not answer
 │   ├── SegmentNotFound (LookupError)           nobody has this name
@@ -25,8 +25,12 @@ class ConfigError(MooncakeError, ValueError):
     """A flag, variable or argument has an impossible value; the text says which and what is accepted."""
 
 
-class DeviceError(MooncakeError, OSError):
-    """An RDMA device, port or queue pair cannot be used; the text names it and says why."""
+class DeviceError(ConfigError):
+    """An RDMA device, port or queue pair cannot be used; the text names it and says why. `code` is the errno or 0."""
+
+    def __init__(self, text: str, code: int = 0) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class MetadataError(MooncakeError):

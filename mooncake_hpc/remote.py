@@ -39,7 +39,8 @@ class Segment:
                 self.routes.append(route)
         if not self.routes:
             names = ", ".join(transport.name for transport in transports)
-            raise PeerLost(f"segment {self.name!r} cannot be reached by {names}: it offers none, or is on another host")
+            spoken = self._descriptor.spoken
+            raise PeerLost(f"segment {self.name!r} cannot be reached by {names}: it speaks {spoken}")
 
     @property
     def buffers(self) -> tuple[BufferDescriptor, ...]:

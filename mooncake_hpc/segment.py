@@ -56,6 +56,12 @@ class SegmentDescriptor:
         """The part of its NIC paths before the @."""
         return self.rdma_server_name or self.name
 
+    @property
+    def spoken(self) -> str:
+        """What it offers, for messages."""
+        kinds = {"rdma": self.devices, "shm (on its own host, to its user)": self.shm_socket, "tcp": self.tcp_data_port}
+        return ", ".join(kind for kind, offered in kinds.items() if offered) or "nothing that it publishes"
+
     def with_buffers(self, buffers: tuple[BufferDescriptor, ...]) -> SegmentDescriptor:
         """The same node with other buffers."""
         return replace(self, buffers=buffers)

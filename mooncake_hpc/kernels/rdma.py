@@ -13,6 +13,7 @@ what was under way comes back as flushed and goes to another rail. When all of i
 
 from __future__ import annotations
 
+from mooncake_hpc.kernels import spin
 from mooncake_hpc.kernels.lane import (
     AGAIN,
     ASLEEP,
@@ -63,7 +64,6 @@ from mooncake_hpc.kernels.native import (
     compare_exchange,
     epoll_wait,
     fence,
-    fetch_add,
     get,
     kernel,
     load,
@@ -525,9 +525,9 @@ def _sleep(lane, left):
 @kernel
 def _lead(lane, batch, until):
     """Post and poll until `batch` (0: everything queued) is done, `until`, or no rail is left."""
-    quiet = 0
+    quiet = budget = 0
     while True:
-        fetch_add(lane + TURN, 1)
+        put(lane + TURN, get(lane + TURN) + 1)
         moved = _post(lane)
         moved += _poll(lane)
         if batch != 0 and load(batch + WORD) & 1:
@@ -543,14 +543,20 @@ def _lead(lane, batch, until):
             return AGAIN
         time = now()
         if moved > 0:
+            if quiet != 0 and budget > 0:
+                spin.paid(lane + SPIN)
             quiet = 0
             put(lane + PROGRESS, time)
         elif quiet == 0:
             quiet = time
+            budget = spin.budget(lane + SPIN)
         elif time - get(lane + PROGRESS) > get(lane + PATIENCE):
             _give_up(lane)
             put(lane + PROGRESS, time)
-        elif time - quiet > get(lane + SPIN):
+        elif time - quiet > budget:
+            if budget > 0:
+                spin.failed(lane + SPIN)
+                budget = 0
             _sleep(lane, max(0, until - time))
         else:
             pause()

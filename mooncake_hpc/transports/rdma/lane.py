@@ -257,7 +257,7 @@ class RdmaLane(Lane):
             paths = [path for path in self._plan().paths if self._nics[path.local].active]
         if not paths:
             names = ", ".join(str(nic) for nic in self._nics)
-            raise DeviceError(0, f"{self.peer}: no RDMA device is active: {names}")
+            raise DeviceError(f"{self.peer}: no RDMA device is active: {names}")
         first: MooncakeError | None = None
         for path in paths:
             try:

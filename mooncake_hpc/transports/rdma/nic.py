@@ -82,4 +82,4 @@ class Nic:
 def _check_rights(name: str) -> None:
     for device in topology.devices():
         if device.name == name and device.problem and device.active_ports:
-            raise DeviceError(0, f"RDMA device {name}: {device.problem}")
+            raise DeviceError(f"RDMA device {name}: {device.problem}")

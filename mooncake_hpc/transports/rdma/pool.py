@@ -78,7 +78,7 @@ class Pool:
                 if not endpoint.peer_numbers:
                     endpoint.connect(reply)
         except DeviceError as error:
-            if error.errno == errno.EINVAL and endpoint.nic.next_gid(endpoint.gid):
+            if error.code == errno.EINVAL and endpoint.nic.next_gid(endpoint.gid):
                 self._gid_changed()
                 return False
             raise

@@ -14,7 +14,7 @@ from mooncake_hpc.kernels import rdma as native
 from mooncake_hpc.kernels.native import compile_ahead
 from mooncake_hpc.segment import BufferDescriptor, DeviceDescriptor, SegmentDescriptor
 from mooncake_hpc.settings import Settings
-from mooncake_hpc.topology import Topology
+from mooncake_hpc.topology import Topology, devices
 from mooncake_hpc.transports.base import Peer, Registration, Transport
 from mooncake_hpc.transports.lane import SHARED_KERNELS
 from mooncake_hpc.transports.rdma.lane import RdmaLane, RdmaRoute
@@ -35,7 +35,8 @@ class RdmaTransport(Transport):
     def __init__(self, topology: Topology, settings: Settings) -> None:
         self._settings, self._topology = settings, topology
         if not topology.devices:
-            raise ConfigError("rdma: no RDMA device with an active port was found, and none is named; see `topology`")
+            found = "; ".join(f"{device.name}: {device.problem}" for device in devices()) or "none"
+            raise ConfigError(f"no RDMA device that can be used was found, and none is named. There are: {found}")
         compile_ahead(*native.KERNELS, *SHARED_KERNELS)
         self.nics: list[Nic] = []
         self._lanes: weakref.WeakSet[RdmaLane] = weakref.WeakSet()
@@ -71,9 +72,9 @@ class RdmaTransport(Transport):
             location: [[name for name in names if name not in down] for names in lists]
             for location, lists in self._topology.as_json().items()
         }
-        devices = tuple(DeviceDescriptor(nic.name, nic.gid.text, nic.port.lid) for nic in self.nics)
+        published = tuple(DeviceDescriptor(nic.name, nic.gid.text, nic.port.lid) for nic in self.nics)
         server = self._settings.rdma.server_name
-        return replace(descriptor, devices=devices, priority_matrix=matrix, rdma_server_name=server)
+        return replace(descriptor, devices=published, priority_matrix=matrix, rdma_server_name=server)
 
     def connect(self, peer: Peer) -> RdmaRoute | None:
         if not peer.descriptor.devices:
@@ -102,7 +103,7 @@ class RdmaTransport(Transport):
             self.nics.append(Nic(name, index, self._settings))
         if not any(nic.active for nic in self.nics):
             names = ", ".join(str(nic) for nic in self.nics)
-            raise DeviceError(0, f"RDMA device {names}: the port is down; is its link or network interface up?")
+            raise DeviceError(f"RDMA device {names}: the port is down; is its link or network interface up?")
 
     def _close_devices(self) -> None:
         while self.nics:

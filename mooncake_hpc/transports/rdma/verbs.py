@@ -63,11 +63,9 @@ def explained(what: str) -> Iterator[None]:
         yield
     except PyverbsError as error:
         code = getattr(error, "error_code", 0) or 0
-        raise DeviceError(code, f"{what}: {error}") from error
+        raise DeviceError(f"{what}: {error}", code) from error
     except OSError as error:
-        if isinstance(error, DeviceError):
-            raise
-        raise DeviceError(error.errno, f"{what}: {error.strerror or error}") from error
+        raise DeviceError(f"{what}: {error.strerror or error}", error.errno or 0) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +215,7 @@ class QueuePair:
         self._lock, self._closed = threading.Lock(), False
 
     def connect(self, link: Link) -> None:
-        """RESET to RTS. Raises DeviceError; its errno is EINVAL where the GID or the peer's address does not do."""
+        """RESET to RTS. Raises DeviceError; its code is EINVAL where the GID or the peer's address does not do."""
         attributes = QPAttr(port_num=self._port)
         attributes.pkey_index = link.pkey_index
         attributes.qp_access_flags = QP_ACCESS
