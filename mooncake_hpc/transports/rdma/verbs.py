@@ -283,12 +283,15 @@ class QueuePair:
 
 
 pointers_work = True
-_memory = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def peek(address: int, size: int) -> int:
     """An unsigned number in this process's memory. Raises OSError where nothing is mapped, instead of a crash."""
-    data = os.pread(_memory, size, address)
+    memory = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)  # anew: in a forked child an old one is the parent's
+    try:
+        data = os.pread(memory, size, address)
+    finally:
+        os.close(memory)
     if len(data) != size:
         raise OSError(errno.EIO, f"no memory at {address:#x}")
     return int.from_bytes(data, "little")
