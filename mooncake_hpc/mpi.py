@@ -283,6 +283,7 @@ class World:
         sys.stdout.flush()
         sys.stderr.flush()
         self._abort(code)
+        os._exit(code)  # MPICH under srun returns, and leaves it to Slurm to kill us a little later
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:

@@ -40,6 +40,11 @@ mooncake() { "$PY" -m mooncake_hpc "$@"; }
 ulimit -l unlimited 2>/dev/null || ulimit -l "$(ulimit -H -l)" || true
 export NUMBA_NUM_THREADS=1 NUMBA_CACHE_DIR=${NUMBA_CACHE_DIR:-${MOONCAKE_HPC_LOCAL:-${TMPDIR:-/tmp}}/mooncake-hpc-$(id -u)/numba}
 
+# MPICH's ranks leave memory in /dev/shm where they are killed in MPI_Init; what a rank that runs uses is mapped.
+SWEEP='for file in /dev/shm/mpich_shm_*; do
+    [ ! -O "$file" ] || grep -qsF "$file" /proc/[0-9]*/maps || rm -f "$file"
+done'
+
 # ---- children, and their end on every path: SIGTERM comes from scancel and, by --signal, before the time limit
 CHILDREN=()
 clean_up() {
@@ -47,6 +52,7 @@ clean_up() {
     trap '' TERM INT
     [ ${#CHILDREN[@]} = 0 ] || kill -TERM "${CHILDREN[@]}" 2>/dev/null || true
     wait
+    [ "$code" = 0 ] || DEADLINE=20 everywhere bash -c "$SWEEP" || true
     exit "$code"
 }
 trap clean_up EXIT
@@ -62,12 +68,12 @@ foreground() {
     return $code
 }
 
-# everywhere WORDS…: once on each node, without MPI; in a heterogeneous job on those of one component after the other.
+# everywhere WORDS…: once on each node, without MPI, for DEADLINE seconds at most [0: for ever]; in a heterogeneous job on those of one component after the other.
 everywhere() {
     local component count
     for ((component = 0; component < ${SLURM_HET_SIZE:-1}; component++)); do
         count=SLURM_JOB_NUM_NODES${SLURM_HET_SIZE:+_HET_GROUP_$component}
-        foreground srun ${SLURM_HET_SIZE:+--het-group=$component} --overlap --mem=0 --nodes="${!count}" \
+        foreground timeout "${DEADLINE:-0}" srun ${SLURM_HET_SIZE:+--het-group=$component} --overlap --mem=0 --nodes="${!count}" \
             --ntasks="${!count}" --ntasks-per-node=1 --mpi=none --kill-on-bad-exit=1 "$@"
     done
 }

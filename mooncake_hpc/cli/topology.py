@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -44,7 +45,8 @@ def main(arguments: Sequence[str], command: Sequence[str] = ()) -> int:
     found = topology.load(flags.text("device_name"), flags.text("nic_priority_matrix"), settings)
     print(json.dumps(found.as_json(), indent=1))
     if not found.devices:
-        print(f"no usable RDMA device in {topology.SYSFS / 'class/infiniband'}", file=sys.stderr)
+        folder = topology.SYSFS / "class/infiniband"
+        print(f"no usable RDMA device on {socket.gethostname()} in {folder}", file=sys.stderr)
     return 0 if found.devices else 1
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
+import sys
 from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
 
+import mooncake_hpc
 from mooncake_hpc.cli.gflags import FlagSet
 
 FLAGS = FlagSet(
     "mooncake-hpc warm",
     "Compiles every kernel into numba's cache (NUMBA_CACHE_DIR, which belongs on a disk of the host). Run it once on "
-    "each host before the ranks of a job start: else all of them compile the same at the same time.",
+    "each host before the ranks of a job start: else all of them compile the same at the same time. A second run "
+    "for the same versions does nothing.",
     {},
 )
 
@@ -21,7 +27,30 @@ def main(arguments: Sequence[str], command: Sequence[str] = ()) -> int:
     if FLAGS.parse(arguments, os.environ).wants_help:
         print(FLAGS.help(), end="")
         return 0
+    stamp = _stamp()
+    if stamp is not None and stamp.exists():
+        print(f"kernels are ready on {socket.gethostname()}", flush=True)
+        return 0
     from mooncake_hpc.warm import warm
 
     print(f"kernels are ready on {socket.gethostname()} after {warm():.1f} s", flush=True)
+    if stamp is not None:
+        stamp.touch()
     return 0
+
+
+def _stamp() -> Path | None:
+    """The file that says that the cache has everything; None where numba keeps its cache elsewhere.
+
+    Named after all that a kernel's code depends on. Looked at without numba, whose import alone takes a second on a
+    slow file system.
+    """
+    folder = os.environ.get("NUMBA_CACHE_DIR")
+    if not folder:
+        return None
+    key = hashlib.sha256(f"{sys.version} {sys.prefix} {version('numba')} {version('numpy')}".encode())
+    for file in sorted(Path(mooncake_hpc.__file__).parent.rglob("*.py")):
+        key.update(f"{file} {file.stat().st_mtime_ns} {file.stat().st_size}".encode())
+    with open("/proc/cpuinfo") as lines:
+        key.update("".join(sorted({line for line in lines if line.startswith(("model name", "Features"))})).encode())
+    return Path(folder) / f"warm-{key.hexdigest()[:16]}"
