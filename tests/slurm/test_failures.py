@@ -41,8 +41,9 @@ def check_nothing_came_of(job: Job) -> None:
 @pytest.mark.parametrize("how", WAYS)
 def test_a_rank_that_is_unwell(slurm: Sandbox, tmp_path: Path, how: str) -> None:
     unwell = str(Path(__file__).parent / "unwell")
-    number = start(slurm, tmp_path, "--duration=2", PYTHONPATH=unwell, UNWELL=f"1 {how}")
-    (job,) = slurm.wait(number, (2 + TIMEOUT + PATIENT if how in ("hangs", "leaves") else 2) + SHUTDOWN)
+    duration = 2 if how == "hangs" else 20  # the others notice one that left while they run
+    number = start(slurm, tmp_path, f"--duration={duration}", PYTHONPATH=unwell, UNWELL=f"1 {how}")
+    (job,) = slurm.wait(number, (duration + TIMEOUT + PATIENT if how == "hangs" else 1) + SHUTDOWN)
     check_nothing_came_of(job)
     message = {
         "raises": "rank 1 on h1: RuntimeError: this rank is unwell",
