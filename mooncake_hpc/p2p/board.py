@@ -134,3 +134,9 @@ class MemoryPool:
         memory[:] = 0
         with self._lock:
             self._unused.setdefault(len(memory), []).append(memory)
+
+    def clear(self) -> None:
+        """Let go of what is unused; the engine is closed."""
+        with self._lock:
+            self._unused.clear()
+            self._rest = np.zeros(0, np.uint8)

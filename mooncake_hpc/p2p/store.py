@@ -443,6 +443,8 @@ class P2PStore:
             except MooncakeError as error:
                 log.warning("closing: %s", error)
         self._stack.close()
+        for pool in (self._boards, self._copies):
+            pool.clear()
 
     def __enter__(self) -> Self:
         return self

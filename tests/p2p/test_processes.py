@@ -58,10 +58,6 @@ def await_progress(etcd: str, name: str, enough: Callable[[ObjectInfo], bool]) -
             time.sleep(0.005)
 
 
-def shards_of_readers(info: ObjectInfo) -> int:
-    return sum(have for have in info.holders.values()) - info.shards
-
-
 def left_behind(etcd: str) -> list[str]:
     """Our keys in etcd once leases have had time to end."""
     deadline = time.monotonic() + 4 * TTL + 10
@@ -126,24 +122,6 @@ def test_bad_flags(etcd: str) -> None:
     ):
         done = subprocess.run([*P2P, *flags], env=env(), capture_output=True, text=True, timeout=60)
         assert done.returncode in (1, 2) and text in done.stderr, done
-
-
-@pytest.mark.slow
-def test_the_trainer_is_killed_once_every_shard_has_left_it(start: Start, etcd: str) -> None:
-    flags = ("--name=killed", "--protocol=tcp")
-    trainer = start(*command("trainer", etcd, *flags, "--file_size_mb=64", "--shard_size=262144"), env=env())
-    await_line(trainer, "published")
-    readers = [start(*command("inferencer", etcd, *flags), env=env()) for _ in range(3)]
-    await_progress(etcd, "killed", lambda info: info.replicas > 1 or shards_of_readers(info) >= info.shards * 1.5)
-    trainer.kill()
-    for reader in readers:
-        try:
-            output = finish(reader)
-        except AssertionError as error:  # some shards had not left the trainer
-            assert "nobody holds shard" in str(error)
-        else:
-            assert "ALL DONE" in output
-    assert left_behind(etcd) == []
 
 
 @pytest.mark.slow
