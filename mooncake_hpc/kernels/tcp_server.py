@@ -29,8 +29,8 @@ from mooncake_hpc.kernels.native import (
     store,
 )
 from mooncake_hpc.kernels.ranges import reach
-from mooncake_hpc.kernels.tcp_client import DONTWAIT, EAGAIN, EINTR, LIST, NAP, NOSIGNAL, POLLIN, POLLOUT, advance
-from mooncake_hpc.kernels.tcp_client import VERSION_2 as FRAMING_2
+from mooncake_hpc.kernels.sockets import DONTWAIT, EAGAIN, EINTR, LIST, NAP, NOSIGNAL, POLLIN, POLLOUT, advance
+from mooncake_hpc.kernels.tcp_lists import VERSION_2 as FRAMING_2
 
 # --- words of a connection's block
 FD = 0

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mooncake_hpc.kernels import tcp_client, tcp_server
+from mooncake_hpc.kernels import tcp_client, tcp_lists, tcp_server
 from mooncake_hpc.kernels.native import compile_ahead
 from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.settings import Settings
@@ -15,7 +15,7 @@ from mooncake_hpc.transports.lane import SHARED_KERNELS
 from mooncake_hpc.transports.tcp.client import TcpRoute
 from mooncake_hpc.transports.tcp.server import TcpServer
 
-CLIENT_KERNELS = tcp_client.drive, tcp_client.attend, tcp_client.reset, tcp_client.writes_in_flight
+CLIENT_KERNELS = tcp_client.drive, tcp_client.attend, tcp_lists.reset, tcp_lists.writes_in_flight
 
 
 class TcpTransport(Transport):

@@ -15,7 +15,8 @@ import numpy as np
 from mooncake_hpc.address import join, resolve
 from mooncake_hpc.errors import MooncakeError, PeerLost
 from mooncake_hpc.kernels import lane as layout
-from mooncake_hpc.kernels import tcp_client as native
+from mooncake_hpc.kernels import tcp_client, tcp_lists
+from mooncake_hpc.kernels.sockets import LIST
 from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.transports.base import WHOLE, Peer, Route, Tables
@@ -54,8 +55,8 @@ class Unfenced:
 class TcpLane(Lane):
     """One connection at a time. A broken one is fenced before its slices go over the next."""
 
-    drive_kernel = staticmethod(native.drive)
-    attend_kernel = staticmethod(native.attend)
+    drive_kernel = staticmethod(tcp_client.drive)
+    attend_kernel = staticmethod(tcp_client.attend)
 
     def __init__(self, name: str, peer: Peer, settings: Settings, unfenced: Unfenced) -> None:
         super().__init__(name, peer.name, settings.tcp_progress_timeout)
@@ -68,14 +69,14 @@ class TcpLane(Lane):
         self._where = self._identity = ""
         self._stuck_at = (-1, -1)
         self._failures = 0
-        self._buffers = np.zeros(4 * native.LIST + 4 * native.WINDOW, np.int64)
+        self._buffers = np.zeros(4 * LIST + 4 * tcp_lists.WINDOW, np.int64)
         base = int(self._buffers.ctypes.data)
-        self._set(native.SEND_LIST, base)
-        self._set(native.RECEIVE_LIST, base + 16 * native.LIST)
-        self._set(native.HEADERS, base + 32 * native.LIST)
-        self._set(native.STATUSES, base + 32 * native.LIST + 24 * native.WINDOW)
+        self._set(tcp_lists.SEND_LIST, base)
+        self._set(tcp_lists.RECEIVE_LIST, base + 16 * LIST)
+        self._set(tcp_lists.HEADERS, base + 32 * LIST)
+        self._set(tcp_lists.STATUSES, base + 32 * LIST + 24 * tcp_lists.WINDOW)
         self.version = 2 if settings.tcp_proto == 2 and peer.descriptor.tcp_proto_version >= 2 else 1
-        self._set(native.VERSION, self.version)
+        self._set(tcp_lists.VERSION, self.version)
         self._thread.start()
 
     def interrupt(self) -> None:
@@ -138,7 +139,7 @@ class TcpLane(Lane):
 
     def _fenced(self) -> bool:
         """Whether no WRITE sent over the broken connection can land any more."""
-        if not native.writes_in_flight(self.address):
+        if not tcp_lists.writes_in_flight(self.address):
             return True
         if self._peer.descriptor.generation:
             try:
@@ -150,7 +151,7 @@ class TcpLane(Lane):
 
     def _remember(self) -> None:
         """The queue fails with WRITEs unfenced: whoever sends to the same addresses next must come after them."""
-        if self._peer.descriptor.generation and native.writes_in_flight(self.address):
+        if self._peer.descriptor.generation and tcp_lists.writes_in_flight(self.address):
             self._unfenced.add(self._identity)
 
     def _read_to_end(self) -> bool:
@@ -181,9 +182,9 @@ class TcpLane(Lane):
         self._identity = f"{number:014x}"
         with self._lock:
             self._socket = connection
-        self._set(native.CONNECTION, number)
-        self._set(native.FD, connection.fileno())
-        native.reset(self.address)
+        self._set(tcp_lists.CONNECTION, number)
+        self._set(tcp_lists.FD, connection.fileno())
+        tcp_lists.reset(self.address)
         layout.go_up(self.address)
 
 
@@ -229,7 +230,7 @@ def _dial(host: str, port: int, settings: Settings) -> socket.socket:
 
 
 def _explain(cause: int, settings: Settings) -> str:
-    if cause == native.EOF:
+    if cause == tcp_lists.EOF:
         return "closed by the peer"
     if cause == layout.TIMED_OUT:
         return f"no progress for {settings.tcp_progress_timeout:g} s (MC_TCP_PROGRESS_TIMEOUT_SEC)"

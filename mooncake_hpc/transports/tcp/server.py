@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from mooncake_hpc.kernels import tcp_server as native
-from mooncake_hpc.kernels.tcp_client import LIST, OK
+from mooncake_hpc.kernels.sockets import LIST
+from mooncake_hpc.kernels.tcp_lists import OK
 from mooncake_hpc.transports.base import Registration, Tables
 from mooncake_hpc.transports.lane import spin_time
 

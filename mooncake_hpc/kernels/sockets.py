@@ -1,0 +1,39 @@
+"""Linux constants of sockets, and arrays of struct iovec {address, length}, which scatter and gather calls take."""
+
+from __future__ import annotations
+
+from mooncake_hpc.kernels.native import get, kernel, put
+
+DONTWAIT, NOSIGNAL = 0x40, 0x4000  # flags of sendmsg and recvmsg
+EAGAIN, EINTR = 11, 4
+POLLIN, POLLOUT = 1, 4
+LIST = 1024  # struct iovecs in a list: Linux takes no more a call (UIO_MAXIOV)
+NAP = 50_000_000  # ns: no sleep is longer without a look at the clock
+
+
+@kernel
+def append(vector, count, address, length):
+    """Add a range to an iovec array, joined with the one before where they touch; the new count."""
+    if count > 0:
+        last = vector + 16 * (count - 1)
+        if get(last) + get(last + 8) == address:
+            put(last + 8, get(last + 8) + length)
+            return count
+    put(vector + 16 * count, address)
+    put(vector + 16 * count + 8, length)
+    return count + 1
+
+
+@kernel
+def advance(vector, at, end, moved):
+    """Drop `moved` bytes from the front of an iovec array; the new front."""
+    while moved > 0 and at < end:
+        entry = vector + 16 * at
+        length = get(entry + 8)
+        if moved < length:
+            put(entry, get(entry) + moved)
+            put(entry + 8, length - moved)
+            return at
+        moved -= length
+        at += 1
+    return at
