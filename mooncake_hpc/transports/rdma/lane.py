@@ -123,6 +123,11 @@ class RdmaLane(Lane):
             self.wake()
 
     @property
+    def max_message(self) -> int:
+        """Bytes that one work request may carry."""
+        return min((nic.port.max_message for nic in self._nics), default=1 << 30)
+
+    @property
     def turn(self) -> int:
         return self._get(native.TURN)
 
@@ -324,8 +329,9 @@ class RdmaRoute(Route):
     def __init__(self, lane: RdmaLane, keys: KeyTables, regions: Regions, settings: Settings) -> None:
         self._keys = keys
         self.lane = lane
-        super().__init__([lane], keys, settings.rdma.slice_size)
-        self._block[slicer.ROUTE_TAIL // 8] = settings.rdma.slice_size // settings.rdma.fragment_ratio
+        limit = min(settings.rdma.slice_size, lane.max_message // 2)  # with its tail a slice is at most twice as long
+        super().__init__([lane], keys, limit)
+        self._block[slicer.ROUTE_TAIL // 8] = limit // settings.rdma.fragment_ratio
         self._block[slicer.ROUTE_BORDERS // 8] = regions.tables.address
 
     def update(self, descriptor: SegmentDescriptor) -> None:

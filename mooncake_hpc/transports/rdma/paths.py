@@ -32,6 +32,8 @@ def plan(
 ) -> Plan:
     """Devices that are near to some memory come first, ours and the peer's paired by position, so that each carries
     something; the others and all further pairs are there for failures."""
+    if not local or not remote:
+        return Plan((), 0)
     near_local, far_local = _by_nearness(local, local_matrix.values())
     near_remote, far_remote = _by_nearness(remote, remote_matrix.values())
     width = max(len(near_local), len(near_remote))

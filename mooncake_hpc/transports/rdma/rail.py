@@ -72,6 +72,10 @@ class RailBlock:
     def get(self, word: int) -> int:
         return int(self.words[word // 8])
 
+    @property
+    def state(self) -> int:
+        return self.get(native.RAIL_STATE)
+
 
 class Rail(RailBlock):
     """A rail over an endpoint."""
@@ -80,10 +84,6 @@ class Rail(RailBlock):
         super().__init__(endpoint.calls(), endpoint.depth, path.local, path.remote)
         self.path, self.endpoint = path, endpoint
         self.flushed_at = 0.0
-
-    @property
-    def state(self) -> int:
-        return self.get(native.RAIL_STATE)
 
     @property
     def flushing(self) -> bool:
