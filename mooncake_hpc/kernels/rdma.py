@@ -116,6 +116,7 @@ SLEEPS = 272  # how often a leader slept
 BAD_WR, SCRATCH = 280, 288
 PEEKED = 296  # entry number of the slice that `_peek` found, below 0: of the retry ring
 FULL_SEQ = 304  # TAIL when `_post` looked last
+STALE = 312  # 1: a key of the peer's was refused; nothing is posted before Python has read its descriptor again
 
 # --- rail block
 RAIL_STATE = 0
@@ -354,7 +355,7 @@ def _post(lane):
     """Post slices while there are any and a rail takes them; how many."""
     total = 0
     put(lane + FULL_SEQ, load(lane + TAIL))
-    while True:
+    while load(lane + STALE) == 0:
         piece = _peek(lane)
         if piece == 0:
             return total
@@ -373,6 +374,7 @@ def _post(lane):
         count = _fill(lane, rail, qp, number, local, remote)
         if _post_chain(lane, rail, qp, count):
             total += count
+    return total
 
 
 @kernel
@@ -403,9 +405,13 @@ def _return(lane, rail, qp, status):
     put(rail + RAIL_BYTES, get(rail + RAIL_BYTES) - get(piece + LENGTH))
     if status != FLUSHED:
         put(piece + META, get(piece + META) + (1 << COUNTER))
-    if status == REMOTE_ACCESS:
+    failures = get(piece + META) >> COUNTER
+    if status == REMOTE_ACCESS and failures == 1:  # the key may be that of an earlier registration
+        store(lane + STALE, 1)
+        _again(lane, seq, piece)
+    elif status == REMOTE_ACCESS:
         _finish(lane, seq, piece, REJECTED)
-    elif get(piece + META) >> COUNTER > get(lane + FAILURES):
+    elif failures > get(lane + FAILURES):
         _finish(lane, seq, piece, REJECTED if status == LOCAL_PROTECTION else LOST)
     else:
         _again(lane, seq, piece)

@@ -141,6 +141,8 @@ class RdmaLane(Lane):
         if not self._get(native.WANTED):
             return
         self._set(native.WANTED, 0)
+        if self._get(native.STALE):
+            self._refresh()
         self._bury()
         if self._get(layout.STATE) == layout.UP and any(rail.state == native.LIVE for rail in self._rails):
             self._open_missing()
@@ -234,6 +236,14 @@ class RdmaLane(Lane):
         if self._failures >= max(ATTEMPTS, len(self._plan().paths)):
             raise PeerLost(f"{self.peer}: {self._failures} connections in a row carried nothing")
 
+    def _refresh(self) -> None:
+        """A key was refused: the peer may have registered other memory at its address."""
+        try:
+            self._peer.refresh()
+        except MooncakeError as error:
+            self._note(str(error))
+        self._set(native.STALE, 0)
+
     def _plan(self) -> Plan:
         descriptor = self._peer.descriptor
         remote = {
@@ -256,6 +266,7 @@ class RdmaLane(Lane):
         """The first rail, as the owner of a lane that has none. Raises MooncakeError, of the first path that failed."""
         if self._opened:
             self._peer.refresh()
+            self._set(native.STALE, 0)
         self._opened = True
         paths = self._wanted()
         if not paths:  # all are paused or down: rather try those than nothing
