@@ -109,7 +109,11 @@ class SegmentDescriptor:
                     DeviceDescriptor(str(d["name"]), str(d["gid"]), int(d.get("lid") or 0))
                     for d in value.get("devices") or ()
                 ),
-                priority_matrix=dict(value.get("priority_matrix") or {}),
+                priority_matrix={
+                    str(location): [[str(name) for name in names] for names in lists]
+                    for location, lists in (value.get("priority_matrix") or {}).items()
+                    if lists
+                },
                 rdma_server_name=str(value.get("rdma_server_name") or ""),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:

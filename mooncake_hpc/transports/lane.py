@@ -135,6 +135,8 @@ class Lane(ABC):
         self._thread.join(10.0)
 
     def _finish(self) -> None:
+        if self._doorbell < 0:  # closed before
+            return
         layout.seize(self.address, time.monotonic_ns() + 5_000_000_000)
         self.fail_queue(layout.CANCELLED)
         self.disconnect()

@@ -158,7 +158,9 @@ class RdmaLane(Lane):
             try:
                 self._check_hope()
                 self._open_first()
-            except (OSError, MooncakeError) as error:
+            except Exception as error:
+                if not isinstance(error, (OSError, MooncakeError)):
+                    log.exception("%s: opening RDMA connections", self.peer)
                 self._note(str(error))
                 self.fail_queue(layout.LOST)
                 return

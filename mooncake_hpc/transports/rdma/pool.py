@@ -78,8 +78,7 @@ class Pool:
                 if not endpoint.peer_numbers:
                     endpoint.connect(reply)
         except DeviceError as error:
-            if error.code == errno.EINVAL and endpoint.nic.next_gid(endpoint.gid):
-                self._gid_changed()
+            if self._other_gid(endpoint, error):
                 return False
             raise
         if reply.ready is not None:
@@ -135,19 +134,33 @@ class Pool:
         if known is not None and known.peer_numbers and not known.belongs_to(request):
             log.info("%s connects again: its old endpoint at %s is retired", request.local_path, nic)
             self.discard(known)
-        endpoint = self._obtain(nic, request.local_path)
-        try:
-            with endpoint.lock:
-                if not endpoint.peer_numbers:
-                    endpoint.connect(request)
-                    if request.ready is None:
-                        endpoint.ready.set()
-        except BaseException:
-            self.discard(endpoint)
-            raise
+        endpoint = self._accept(nic, request)
         if not endpoint.belongs_to(request):
             raise PeerLost(f"{request.local_path} asks with several queue pairs at once")
         return endpoint.hello(None if request.ready is None else False)
+
+    def _accept(self, nic: Nic, request: Hello) -> Endpoint:
+        """The endpoint of the asking path, connected to its queue pairs if it was to none."""
+        while True:
+            endpoint = self._obtain(nic, request.local_path)
+            try:
+                with endpoint.lock:
+                    if not endpoint.peer_numbers:
+                        endpoint.connect(request)
+                        if request.ready is None:
+                            endpoint.ready.set()
+                return endpoint
+            except BaseException as error:
+                self.discard(endpoint)
+                if not self._other_gid(endpoint, error):
+                    raise
+
+    def _other_gid(self, endpoint: Endpoint, error: BaseException) -> bool:
+        """Whether connecting failed for our GID, and there is another one to try."""
+        if not isinstance(error, DeviceError) or error.code != errno.EINVAL or not endpoint.nic.next_gid(endpoint.gid):
+            return False
+        self._gid_changed()
+        return True
 
     def _take_confirmation(self, nic: Nic, request: Hello) -> Hello:
         with self._lock:

@@ -107,6 +107,8 @@ class Rail(RailBlock):
         cause, vendor = self.get(native.RAIL_CAUSE), self.get(native.RAIL_VENDOR)
         if cause == TIMED_OUT:
             text = "no completion and no error either"
+        elif cause == layout.FLUSHED:
+            text = "the connection was given up"
         elif cause < 0:
             text = f"the device refuses work: {os.strerror(-cause)}"
         else:

@@ -1,0 +1,353 @@
+"""The RDMA transport over devices of software in this process: what real ones do seldom, and cannot be asked to."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fake_fabric
+import numpy as np
+import pytest
+from fake_fabric import Fabric
+
+from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
+from mooncake_hpc.errors import AddressRejected, PeerLost, TransferCancelled, TransferError
+from mooncake_hpc.settings import RdmaSettings, Settings
+from mooncake_hpc.testing.peer import pattern
+
+SIZE = 3 << 20
+numbers = itertools.count()
+
+
+@pytest.fixture
+def fabric() -> Iterator[Fabric]:
+    with fake_fabric.installed() as fabric:
+        yield fabric
+        assert not fabric.devices and not fabric.pairs and not fabric.queues and not fabric.regions
+
+
+def rdma(**values: Any) -> Settings:
+    return Settings(rdma=RdmaSettings(**{"rail_pause": 0.3, **values}))
+
+
+def engine(store: str, name: str, devices: str, settings: Settings | None = None, **options: Any) -> TransferEngine:
+    return TransferEngine(
+        name, store, protocol="rdma", bind_address="127.0.0.1", device_name=devices,
+        settings=settings or rdma(), **options,
+    )  # fmt: skip
+
+
+class Pair:
+    """Two engines and memory of the same size on both."""
+
+    def __init__(self, here: TransferEngine, there: TransferEngine) -> None:
+        self.here, self.there = here, there
+        self.ours, self.theirs = here.allocate(SIZE), there.allocate(SIZE)
+        self.segment = here.open_segment(there.name)
+
+    def request(self, opcode: int, ours: int, theirs: int, length: int) -> tuple[int, int, int, int, int]:
+        return (
+            opcode, self.segment.id, int(self.ours.ctypes.data) + ours, int(self.theirs.ctypes.data) + theirs, length,
+        )  # fmt: skip
+
+    def submit(self, *records: tuple[int, int, int, int, int]) -> Any:
+        return self.here.submit(np.array(list(records), REQUEST))
+
+
+@contextlib.contextmanager
+def pair(here: str, there: str, settings: Settings | None = None, theirs: Settings | None = None) -> Iterator[Pair]:
+    store = f"memory://fabric-{next(numbers)}"
+    with engine(store, "there:1", there, theirs or settings) as b, engine(store, "here:1", here, settings) as a:
+        yield Pair(a, b)
+
+
+# --- bytes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("devices", [("a", "b"), ("a", "a"), ("a,b", "c,d"), ("a,b", "c"), ("a", "b,c,d")])
+def test_bytes_arrive_both_ways(fabric: Fabric, devices: tuple[str, str]) -> None:
+    with pair(*devices, settings=rdma(max_mr_size=1 << 20)) as link:
+        link.theirs[:] = pattern(1, SIZE)
+        link.here.read(link.ours[5:], link.segment, int(link.theirs.ctypes.data) + 5)
+        assert (link.ours[5:] == link.theirs[5:]).all() and not link.ours[:5].any()
+        link.ours[:] = pattern(2, SIZE)
+        link.here.write(link.ours[:-3], link.segment, int(link.theirs.ctypes.data) + 3)
+        assert (link.theirs[3:] == link.ours[:-3]).all() and (link.theirs[:3] == pattern(1, 3)).all()
+        assert link.here.lane_bytes() == {"rdma/there:1/0": 2 * SIZE - 8}
+
+
+def test_a_segment_reaches_itself(fabric: Fabric) -> None:
+    with engine("memory://self", "self:1", "a,b") as one:
+        memory = one.allocate(SIZE)
+        memory[: SIZE // 2] = pattern(3, SIZE // 2)
+        one.write(memory[: SIZE // 2], one.open_segment("self:1"), int(memory.ctypes.data) + SIZE // 2)
+        assert (memory[SIZE // 2 :] == pattern(3, SIZE // 2)).all()
+
+
+def test_both_open_at_once_and_share_the_queue_pairs(fabric: Fabric) -> None:
+    with pair("a", "b") as link:
+        back = link.there.open_segment("here:1")
+        mine, yours = link.here.allocate(4096), link.there.allocate(4096)
+        mine[:], yours[:] = 1, 2
+        start = threading.Barrier(2)
+
+        def write(engine: TransferEngine, source: Any, segment: Any, target: int) -> None:
+            start.wait()
+            for _ in range(30):
+                engine.write(source, segment, target)
+
+        threads = [
+            threading.Thread(target=write, args=(link.here, mine, link.segment, link.theirs.ctypes.data)),
+            threading.Thread(target=write, args=(link.there, yours, back, link.ours.ctypes.data)),
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert (link.theirs[:4096] == 1).all() and (link.ours[:4096] == 2).all()
+        assert len(fabric.pairs) == 4
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(1, 3), (4, 2)])
+def test_the_smaller_number_of_queue_pairs(fabric: Fabric, ours: int, theirs: int) -> None:
+    with pair("a", "b", rdma(queue_pairs=ours), rdma(queue_pairs=theirs)) as link:
+        link.ours[:] = pattern(4, SIZE)
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        assert (link.theirs == link.ours).all()
+        assert len(fabric.pairs) == 2 * min(ours, theirs)
+
+
+def test_what_the_variables_say_reaches_the_queue_pairs(fabric: Fabric) -> None:
+    settings = rdma(mtu=1024, traffic_class=96, service_level=3, pkey_index=1)
+    with pair("a", "b", settings, rdma(mtu=2048)) as link:
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        ours, theirs = fabric.links[-1], fabric.links[0]
+        assert ours.mtu == theirs.mtu == 1024
+        assert (ours.traffic_class, ours.service_level, ours.pkey_index) == (96, 3, 1)
+
+
+def test_few_work_requests_make_back_pressure(fabric: Fabric) -> None:
+    with pair("a", "b", rdma(max_wr=4, queue_pairs=1)) as link:
+        link.ours[:] = pattern(5, SIZE)
+        link.submit(*[link.request(WRITE, 100 * i, 100 * i, 100) for i in range(SIZE // 100)]).wait(30)
+        assert (link.theirs[: SIZE // 100 * 100] == link.ours[: SIZE // 100 * 100]).all()
+
+
+# --- devices --------------------------------------------------------------------------------------------------
+
+
+def test_requests_use_both_devices(fabric: Fabric) -> None:
+    with pair("a,b", "c,d") as link:
+        for _ in range(20):
+            link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        assert min(fabric.carried["a"], fabric.carried["b"]) > 5 * SIZE
+
+
+def matrix(tmp_path: Path, near: str, other: str) -> str:
+    file = tmp_path / f"{near}.json"
+    file.write_text(json.dumps({location: [[near], [other]] for location in ("cpu:0", "cpu:1")}))
+    return str(file)
+
+
+def test_other_devices_carry_only_when_the_near_one_is_gone(fabric: Fabric, tmp_path: Path) -> None:
+    store = "memory://matrix"
+    with (
+        engine(store, "there:1", "", nic_priority_matrix=matrix(tmp_path, "c", "d")) as there,
+        engine(store, "here:1", "", nic_priority_matrix=matrix(tmp_path, "a", "b")) as here,
+    ):
+        link = Pair(here, there)
+        here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        assert fabric.carried == {"a": SIZE}
+        fabric.unplug("a")
+        here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        assert fabric.carried == {"a": SIZE, "b": SIZE}
+        fabric.plug("a")
+        deadline = time.monotonic() + 10
+        while fabric.carried["a"] == SIZE:
+            here.write(link.ours, link.segment, link.theirs.ctypes.data)
+            assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["event", "no event"])
+@pytest.mark.parametrize("opcode", [READ, WRITE])
+def test_a_device_goes_while_it_carries(fabric: Fabric, opcode: int, told: bool) -> None:
+    """What it carried is done by the other one, and after its pause it carries again."""
+    with pair("a,b", "c,d") as link:
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        link.ours[:], link.theirs[:] = pattern(6, SIZE), pattern(7, SIZE)
+        fabric.held = True
+        batch = link.submit(*[link.request(opcode, at, at, 1 << 16) for at in range(0, SIZE, 1 << 16)])
+        assert not batch.join(0.1)
+        before = fabric.carried["a"]
+        if told:
+            fabric.unplug("a")
+        else:
+            fabric.dead_paths |= {("a", "c"), ("a", "d")}
+        fabric.release()
+        batch.wait(20)
+        assert (link.ours == link.theirs).all() and (batch.status == 1).all() and fabric.carried["a"] == before
+        fabric.dead_paths.clear()
+        fabric.plug("a")
+        deadline = time.monotonic() + 10
+        while fabric.carried["a"] == before:
+            link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def test_with_every_path_gone_the_first_cause_is_told(fabric: Fabric) -> None:
+    with pair("a", "b") as link:
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        fabric.dead_paths.add(("a", "b"))
+        with pytest.raises(PeerLost, match=r"here:1@a to there:1@b: retry exc err") as caught:
+            link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        assert "flush" not in str(caught.value)
+        fabric.dead_paths.clear()
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+
+
+def test_the_only_device_is_down(fabric: Fabric) -> None:
+    with pair("a", "b") as link:
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        fabric.unplug("a")
+        with pytest.raises(TransferError, match="a port 1"):
+            for _ in range(1000):
+                link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+                time.sleep(0.01)
+        fabric.plug("a")
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                return link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+            except TransferError:
+                assert time.monotonic() < deadline
+
+
+def test_a_gid_that_does_not_connect_is_replaced_and_published(fabric: Fabric) -> None:
+    fabric.bad_gid_indices.add(1)
+    with pair("a", "b") as link:
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        assert {made.gid_index for made in fabric.links} == {2}
+        published = link.there.open_segment("here:1").descriptor.devices[0].gid
+        assert published.startswith("02:02")
+
+
+def test_a_post_that_fails_half_way(fabric: Fabric) -> None:
+    with pair("a", "b") as link:
+        link.ours[:] = pattern(8, SIZE)
+        link.here.read(link.ours[:1], link.segment, link.theirs.ctypes.data)
+        link.ours[:] = pattern(8, SIZE)
+        fabric.refuse_posts = 1
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        assert (link.theirs == link.ours).all() and fabric.refuse_posts == 0
+
+
+def test_a_device_that_gives_nothing_back(fabric: Fabric) -> None:
+    """Its queue pairs are destroyed after a while: then it cannot touch the memory, and closing ends in time."""
+    with pair("a", "b") as link:
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        fabric.held = fabric.silent = True
+        batch = link.submit(link.request(WRITE, 0, 0, SIZE))
+        began = time.monotonic()
+        batch.cancel()
+        assert batch.done and time.monotonic() - began < 8
+        with pytest.raises(TransferCancelled):
+            batch.wait(1)
+
+
+# --- peers and registrations ----------------------------------------------------------------------------------
+
+
+def test_memory_registered_again_at_its_address(fabric: Fabric) -> None:
+    """The key that we know is another registration's: refused, looked up again, good."""
+    with pair("a", "b") as link:
+        memory = np.zeros(1 << 16, np.uint8)
+        address = int(memory.ctypes.data)
+        link.there.register(memory)
+        link.ours[: 1 << 16] = 1
+        link.here.write(link.ours[: 1 << 16], link.segment, address)
+        link.there.unregister(memory)
+        link.there.register(memory)
+        link.ours[: 1 << 16] = 2
+        link.here.write(link.ours[: 1 << 16], link.segment, address)
+        assert (memory == 2).all()
+        link.there.unregister(memory)
+        with pytest.raises(AddressRejected, match="there:1"):
+            link.here.write(link.ours[: 1 << 16], link.segment, address)
+        assert (memory == 2).all()
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+
+
+def test_read_only_memory(fabric: Fabric) -> None:
+    with pair("a", "b") as link:
+        sealed = pattern(9, 5000).tobytes()
+        link.there.register(sealed)
+        address = link.there.open_segment("there:1").buffers[-1].address
+        link.here.read(link.ours[:5000], link.segment, address)
+        assert (link.ours[:5000] == pattern(9, 5000)).all()
+        with pytest.raises(AddressRejected, match="writable"):
+            link.here.write(link.ours[:5000], link.segment, address)
+
+
+def test_a_peer_that_was_replaced(fabric: Fabric) -> None:
+    store = "memory://replaced"
+    with engine(store, "here:1", "a") as here:
+        for number in range(3):
+            with engine(store, "there:1", "b") as there:
+                link = Pair(here, there)
+                link.ours[:] = number
+                here.write(link.ours, link.segment, link.theirs.ctypes.data)
+                assert (link.theirs == number).all()
+                here.unregister(link.ours)
+            with pytest.raises(TransferError, match="there:1"):
+                spare = here.allocate(64)
+                here.write(spare, link.segment, link.segment.buffers[0].address)
+
+
+def test_more_peers_than_endpoints(fabric: Fabric) -> None:
+    store = "memory://many"
+    with contextlib.ExitStack() as stack:
+        here = stack.enter_context(engine(store, "here:1", "a", rdma(max_endpoints=2)))
+        peers = [stack.enter_context(engine(store, f"peer{i}:1", "b")) for i in range(5)]
+        links = [Pair(here, peer) for peer in peers]
+        for turn in range(3):
+            for link in links:
+                link.ours[:] = turn + 1
+                here.write(link.ours, link.segment, link.theirs.ctypes.data)
+                assert (link.theirs == turn + 1).all()
+        assert len([pair for pair in fabric.pairs.values() if pair.device == "a"]) <= 4
+
+
+def test_cancel_under_way(fabric: Fabric) -> None:
+    """Nothing is touched afterwards, and the others' slices go on over new queue pairs."""
+    with pair("a", "b") as link:
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        link.ours[:] = pattern(10, SIZE)
+        fabric.held = True
+        doomed = link.submit(link.request(WRITE, 0, 0, SIZE // 2))
+        other = link.submit(link.request(WRITE, SIZE // 2, SIZE // 2, SIZE // 2))
+        assert not other.join(0.1)
+        canceller = threading.Thread(target=doomed.cancel)
+        canceller.start()
+        canceller.join(10)
+        assert doomed.done and not canceller.is_alive()
+        link.theirs[: SIZE // 2] = 55
+        fabric.release()
+        other.wait(10)
+        assert (link.theirs[SIZE // 2 :] == link.ours[SIZE // 2 :]).all() and (link.theirs[: SIZE // 2] == 55).all()
+
+
+def test_close_with_work_under_way(fabric: Fabric) -> None:
+    with pair("a,b", "c,d") as link:
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        fabric.held = True
+        batch = link.submit(link.request(WRITE, 0, 0, SIZE))
+        began = time.monotonic()
+        link.here.close()
+        assert batch.join(1) and time.monotonic() - began < 5
