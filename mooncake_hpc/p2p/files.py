@@ -20,11 +20,12 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from mooncake_hpc.errors import ConfigError, MetadataError, P2PError
+from mooncake_hpc.p2p.buffers import digest_all
 from mooncake_hpc.p2p.digests import DEFAULT
 from mooncake_hpc.p2p.layout import Bytes, Memory
-from mooncake_hpc.p2p.manifest import FILE, FOLDER, Manifest, Part
+from mooncake_hpc.p2p.manifest import FILE, FOLDER, UNVERIFIED, Manifest, Part
 from mooncake_hpc.p2p.pull import OnProgress
-from mooncake_hpc.p2p.store import P2PStore, Replica, digest_all
+from mooncake_hpc.p2p.store import P2PStore, Replica
 from mooncake_hpc.p2p.swarm import Bits
 
 CHUNK = 64 << 20  # bytes of one read or write: Ctrl-C is noticed between two
@@ -112,6 +113,10 @@ def fetch_path(
             have=lambda manifest, arrays: target.open(manifest, arrays, stop),
             on_shard=lambda _manifest, shard: target.write(shard),
         )
+        if replica.manifest.algorithm == UNVERIFIED:  # the original's: all of it is here, nothing written yet
+            target.open(replica.manifest, replica.arrays, stop)
+            for shard in range(replica.manifest.shards):
+                target.write(shard)
     except BaseException:
         target.abandon()
         raise
@@ -201,7 +206,7 @@ class _Target:
         """Read all files into memory; which shards are right."""
         manifest = self._manifest
         have = np.zeros(manifest.shards, bool)
-        if not any(_has_data(slot.fd) for slot in self._slots):
+        if manifest.algorithm == UNVERIFIED or not any(_has_data(slot.fd) for slot in self._slots):
             return have
         for slot in self._slots:
             for fd, at, view in self._extents(slot.begin, slot.end, [slot]):

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 
 from mooncake_hpc.errors import ConfigError, IntegrityError
 from mooncake_hpc.kernels import prepare
+from mooncake_hpc.p2p.buffers import digest_all
 from mooncake_hpc.p2p.layout import Memory
+from mooncake_hpc.p2p.manifest import UNVERIFIED
 from mooncake_hpc.p2p.pull import Progress
 from mooncake_hpc.p2p.report import Bar, FanOut, list_lines, pull_json, pull_lines, write_json
-from mooncake_hpc.p2p.store import P2PStore, Replica, digest_all
+from mooncake_hpc.p2p.store import P2PStore, Replica
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.transports.choice import engine_options
 
@@ -81,11 +83,14 @@ def publish(store: P2PStore, config: P2PConfig) -> None:
     store.register(config.name, model, shard_size=config.shard_size, algorithm=config.digest, force=config.force)
 
 
-def check_whole(replica: Replica) -> None:
-    """Compute all digests again, over the whole object as it lies in memory. Raises IntegrityError."""
+def check_whole(replica: Replica) -> str:
+    """Compute all digests again, over the whole object as it lies in memory; what to say of it. IntegrityError."""
     manifest = replica.manifest
+    if manifest.algorithm == UNVERIFIED:
+        return "not verified: the original publishes no digests"
     if digest_all(Memory(replica.arrays), manifest.shard_size, manifest.algorithm) != manifest.digests:
         raise IntegrityError(f"object {manifest.name!r}: what lies in memory does not match its manifest")
+    return f"verified: {manifest.shards} shards by {manifest.algorithm}"
 
 
 def run_trainer(config: P2PConfig, settings: Settings, say: Say) -> int:
@@ -145,8 +150,7 @@ def run_inferencer(config: P2PConfig, settings: Settings, say: Say) -> int:
             bar.close()
         for line in pull_lines(store.name, replica.progress):
             say(line)
-        check_whole(replica)
-        say(f"verified: {replica.manifest.shards} shards by {replica.manifest.algorithm}")
+        say(check_whole(replica))
         if config.json:
             write_json(config.json, pull_json(store.name, socket.gethostname(), asdict(config), replica.progress))
         store.wait_unused(config.name, QUIET, config.linger)
@@ -158,9 +162,11 @@ def run_list(config: P2PConfig, settings: Settings, say: Say) -> int:
     """Print the objects whose names begin with `name`, their holders and progress."""
     from mooncake_hpc.metadata.store import open_store as open_metadata
     from mooncake_hpc.p2p.catalogue import Catalogue
+    from mooncake_hpc.p2p.upstream import list_originals
 
     with open_metadata(config.metadata_server, settings) as store:
-        for line in list_lines(Catalogue(store, settings.metadata_cluster_id).list(config.name)):
+        ours = Catalogue(store, settings.metadata_cluster_id).list(config.name)
+        for line in list_lines(ours + list_originals(store, config.name)):
             say(line)
     return 0
 

@@ -20,6 +20,7 @@ FORMAT = 1
 BUFFERS, TENSORS, FILE, FOLDER = "buffers", "tensors", "file", "folder"  # kinds
 SMALLEST, LARGEST = 1 << 16, 64 << 20  # bytes: limits of a shard size that is chosen here
 AIM = 256  # shards of an object, where the limits allow
+UNVERIFIED = "none"  # in place of a digest algorithm, for the original's objects
 LONGEST_NAME = 512  # bytes
 
 

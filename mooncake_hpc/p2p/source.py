@@ -217,7 +217,7 @@ class Worker:
 
     def _drop_look(self) -> None:
         if self._board is not None:
-            _end(self._board.batch)
+            end_batch(self._board.batch)
             self._board = None
 
     def _step(self, segment: Segment) -> None:
@@ -298,14 +298,14 @@ class Worker:
         for piece in [piece for piece in self._pieces if piece.job in jobs]:
             self._pieces.remove(piece)
             self._bytes -= piece.end - piece.begin
-            _end(piece.batch)
+            end_batch(piece.batch)
         for job in jobs:
             if job in self._jobs:
                 self._jobs.remove(job)
             job.ended.set()
 
 
-def _end(batch: Batch) -> None:
+def end_batch(batch: Batch) -> None:
     """Cancel, until it is done for certain: the memory is somebody's."""
     while not batch.done:
         try:

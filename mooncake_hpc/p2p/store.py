@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +21,7 @@ from mooncake_hpc.engine import TransferEngine
 from mooncake_hpc.errors import (
     ConfigError,
     MetadataError,
+    MetadataUnavailable,
     MooncakeError,
     ObjectExists,
     ObjectNotFound,
@@ -35,11 +35,11 @@ from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.metadata.store import open_store
 from mooncake_hpc.metadata.watch import Changes, Watch
 from mooncake_hpc.p2p.board import Board, MemoryPool, board_size
+from mooncake_hpc.p2p.buffers import as_bytes, digest_all, some, take_apart
 from mooncake_hpc.p2p.catalogue import CURRENT, Announcer, Catalogue, Holder, ObjectInfo, version_of
-from mooncake_hpc.p2p.digests import DEFAULT, hashers
+from mooncake_hpc.p2p.digests import DEFAULT
 from mooncake_hpc.p2p.layout import Memory
 from mooncake_hpc.p2p.manifest import (
-    BUFFERS,
     TENSORS,
     Manifest,
     Part,
@@ -50,12 +50,13 @@ from mooncake_hpc.p2p.manifest import (
 )
 from mooncake_hpc.p2p.pull import OnProgress, Progress, Pull
 from mooncake_hpc.p2p.swarm import Bits
+from mooncake_hpc.p2p.upstream import Checkpoint, Fetch, find, list_originals
 from mooncake_hpc.settings import Settings
 
 log = logging.getLogger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
-HASHED_AT_ONCE = 1 << 20  # bytes
+LOOK = 1.0  # seconds between two looks for an object of the original's
 LAST_WORDS = 2.0  # seconds for the last announcement of a pull; it goes on in the background
 
 
@@ -157,8 +158,8 @@ class P2PStore:
         ConfigError, RegistrationError, MetadataError.
         """
         check_name(name)
-        buffers, found_kind, found_parts = _take_apart(data)
-        arrays = [_as_bytes(buffer) for buffer in buffers]
+        buffers, found_kind, found_parts = take_apart(data)
+        arrays = [as_bytes(buffer) for buffer in buffers]
         sizes = tuple(array.nbytes for array in arrays)
         if shard_size < 0:
             raise ConfigError(f"shard_size {shard_size} is below 0")
@@ -241,6 +242,9 @@ class P2PStore:
         not offered. `have` says which shards are in memory already, `on_shard` is told of each new one. `cancel` ends
         the pull by TransferCancelled.
 
+        An object that the original's P2P Store published is read as well, where there is none of ours: it cannot be
+        verified (its manifest names the algorithm "none"), is not offered, and `have` and `on_shard` are not used.
+
         After an error the store is as before and the memory's content undefined. Raises ObjectNotFound,
         ObjectReplaced, SizeMismatch, IntegrityError, TransferTimeout, TransferCancelled, P2PError when the object is
         here already, ConfigError, RegistrationError, MetadataError.
@@ -248,14 +252,13 @@ class P2PStore:
         check_name(name)
         deadline = None if timeout is None else time.monotonic() + timeout
         manifest = self._await(name, wait, deadline, cancel)
+        if isinstance(manifest, Checkpoint):
+            return self._get_original(manifest, out, byte_range, deadline, cancel, progress)
         if byte_range is not None:
             return self._get_range(manifest, out, byte_range, deadline, cancel, progress)
         buffers, arrays = self._receivers(manifest, out)
         held = _Held(manifest, arrays, [], False, np.zeros(manifest.shards, bool), busy=True)
-        with self._lock:
-            if name in self._held:
-                raise P2PError(f"object {name!r} is held by {self.name!r} already: delete_replica() it first")
-            self._held[name] = held
+        self._hold(name, held)
         try:
             if out is None:
                 held.registered = [buffer for buffer in buffers if isinstance(buffer, np.ndarray)]
@@ -265,26 +268,31 @@ class P2PStore:
                 held.have[:] = have(manifest, arrays)
             result = self._pull(held, deadline, cancel, progress, on_shard)
         except BaseException:
-            with self._lock:
-                del self._held[name]
-            self._let_go(held)
+            self._release(name, held)
             raise
         held.busy = False
         return Replica(manifest, arrays, result)
 
-    def _await(self, name: str, wait: float, deadline: float | None, cancel: threading.Event | None) -> Manifest:
-        manifest = self._catalogue.current(name)
+    def _look_up(self, name: str) -> Manifest | Checkpoint | None:
+        """An object of ours, or else the original's."""
+        return self._catalogue.current(name) or find(self._catalogue.store, name)
+
+    def _await(
+        self, name: str, wait: float, deadline: float | None, cancel: threading.Event | None
+    ) -> Manifest | Checkpoint:
+        manifest = self._look_up(name)
         if manifest is not None:
             return manifest
         end = time.monotonic() + wait if deadline is None else min(deadline, time.monotonic() + wait)
-        there = threading.Event()
+        there, looked = threading.Event(), time.monotonic()
         with self._catalogue.store.watch(self._catalogue.prefix(name) + CURRENT, lambda _: there.set()):
             while time.monotonic() < end and not (cancel is not None and cancel.is_set()):
                 there.wait(min(0.1, max(0.0, end - time.monotonic())))
-                if there.is_set():
+                if there.is_set() or time.monotonic() > looked + LOOK:
                     there.clear()
-                    with contextlib.suppress(MetadataError):
-                        manifest = self._catalogue.current(name)
+                    looked = time.monotonic()
+                    with contextlib.suppress(MetadataUnavailable):
+                        manifest = self._look_up(name)
                     if manifest is not None:
                         return manifest
         if cancel is not None and cancel.is_set():
@@ -304,13 +312,13 @@ class P2PStore:
                 raise SizeMismatch(f"object {manifest.name!r} consists of {manifest.kind}, not of named tensors")
             buffers = by_name(manifest.parts, out)
         else:
-            buffers, _, _ = _take_apart(out)
-        arrays = [_as_bytes(buffer, write=True) for buffer in buffers]
+            buffers, _, _ = take_apart(out)
+        arrays = [as_bytes(buffer, write=True) for buffer in buffers]
         sizes = tuple(array.nbytes for array in arrays)
         if sizes != manifest.sizes:
             raise SizeMismatch(
-                f"object {manifest.name!r} has {len(manifest.sizes)} buffers of {_some(manifest.sizes)} bytes, but "
-                f"{len(sizes)} of {_some(sizes)} were given"
+                f"object {manifest.name!r} has {len(manifest.sizes)} buffers of {some(manifest.sizes)} bytes, but "
+                f"{len(sizes)} of {some(sizes)} were given"
             )
         return buffers, arrays
 
@@ -363,6 +371,61 @@ class P2PStore:
                 raise ObjectReplaced(f"{error}; {held.manifest.name!r} now is version {held.current}") from error
             raise
 
+    def _get_original(
+        self,
+        checkpoint: Checkpoint,
+        out: object,
+        byte_range: tuple[int, int] | None,
+        deadline: float | None,
+        cancel: threading.Event | None,
+        progress: OnProgress | None,
+    ) -> Replica:
+        """The original's object, or a range of it: not verified, and not offered to others."""
+        manifest = checkpoint.manifest()
+        begin, end = byte_range or (0, manifest.size)
+        if byte_range is None:
+            buffers, arrays = self._receivers(manifest, out)
+        else:
+            arrays = [self._range_receiver(manifest, out, begin, end)]
+            buffers = [*arrays]
+        held = _Held(manifest, arrays, [], False, np.ones(len(checkpoint.shards), bool), busy=True)
+        self._hold(manifest.name, held)
+        try:
+            if out is None and byte_range is None:
+                held.registered = [buffer for buffer in buffers if isinstance(buffer, np.ndarray)]
+            else:
+                self._register_memory(held, [b for b, a in zip(buffers, arrays, strict=True) if a.nbytes])
+            result = Fetch(self.engine, checkpoint, Memory(arrays, begin)).run(deadline, cancel, progress)
+        except BaseException:
+            self._release(manifest.name, held)
+            raise
+        if byte_range is not None:
+            self._release(manifest.name, held)
+        held.busy = False
+        return Replica(manifest, arrays, result)
+
+    def _hold(self, name: str, held: _Held) -> None:
+        with self._lock:
+            if name in self._held:
+                raise P2PError(f"object {name!r} is held by {self.name!r} already: delete_replica() it first")
+            self._held[name] = held
+
+    def _release(self, name: str, held: _Held) -> None:
+        with self._lock:
+            del self._held[name]
+        self._let_go(held)
+
+    def _range_receiver(self, manifest: Manifest, out: object, begin: int, end: int) -> Bytes:
+        """Where bytes `begin` to `end` of the object go. Raises SizeMismatch."""
+        if not 0 <= begin <= end <= manifest.size:
+            raise SizeMismatch(
+                f"object {manifest.name!r} has {manifest.size} bytes: there is no range {begin} to {end}"
+            )
+        target = as_bytes(out, write=True) if out is not None else np.empty(end - begin, np.uint8)
+        if target.nbytes != end - begin:
+            raise SizeMismatch(f"a range of {end - begin} bytes does not fit a buffer of {target.nbytes}")
+        return target
+
     def _get_range(
         self,
         manifest: Manifest,
@@ -374,13 +437,7 @@ class P2PStore:
     ) -> Replica:
         """Whole shards are pulled, since they are what can be verified; what of them is not asked for is let go."""
         begin, end = byte_range
-        if not 0 <= begin <= end <= manifest.size:
-            raise SizeMismatch(
-                f"object {manifest.name!r} has {manifest.size} bytes: there is no range {begin} to {end}"
-            )
-        target = _as_bytes(out, write=True) if out is not None else np.empty(end - begin, np.uint8)
-        if target.nbytes != end - begin:
-            raise SizeMismatch(f"a range of {end - begin} bytes does not fit a buffer of {target.nbytes}")
+        target = self._range_receiver(manifest, out, begin, end)
         first, last = begin // manifest.shard_size, -(-end // manifest.shard_size)
         wanted = np.zeros(manifest.shards, bool)
         wanted[first : last if end > begin else first] = True
@@ -402,7 +459,7 @@ class P2PStore:
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         """Objects whose names begin with `prefix`, with their holders. Raises MetadataError."""
-        return self._catalogue.list(prefix)
+        return self._catalogue.list(prefix) + list_originals(self._catalogue.store, prefix)
 
     def holders(self, name: str) -> builtins.list[Holder]:
         """Records of the others that hold or pull the object which this store holds. Raises ObjectNotFound."""
@@ -464,7 +521,7 @@ class P2PStore:
             if containing(view.address, view.nbytes) is None:
                 fresh.append(buffer)
         self.engine.register_many(fresh)
-        held.registered = [_as_bytes(buffer) for buffer in fresh]
+        held.registered = [as_bytes(buffer) for buffer in fresh]
 
     def _unregister_memory(self, held: _Held) -> None:
         registered, held.registered = held.registered, []
@@ -563,54 +620,3 @@ def host_identity() -> str:
         boot = file.read().strip()
     text = f"{boot} {os.readlink('/proc/self/ns/net')} {os.getuid()}"
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def digest_all(memory: Memory, shard_size: int, algorithm: str) -> bytes:
-    """The digests of all shards, one after the other, computed on a few cores."""
-    new, size = hashers(algorithm), memory.end
-
-    def one(begin: int) -> bytes:
-        hasher = new()
-        for at in range(begin, min(begin + shard_size, size), HASHED_AT_ONCE):
-            for view in memory.views(at, min(at + HASHED_AT_ONCE, begin + shard_size, size)):
-                hasher.update(view)
-        return hasher.digest()
-
-    with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
-        return b"".join(pool.map(one, range(0, size, shard_size)))
-
-
-def _take_apart(data: object) -> tuple[list[Any], str, tuple[Part, ...]]:
-    """Buffers, kind and names of what was given."""
-    if isinstance(data, Mapping):
-        arrays = {str(name): _as_array(value) for name, value in data.items()}
-        parts = tuple(Part(name, array.dtype.str, array.shape) for name, array in arrays.items())
-        return [*data.values()], TENSORS, parts
-    if isinstance(data, list | tuple):
-        return [*data], BUFFERS, ()
-    return [data], BUFFERS, ()
-
-
-def _as_array(value: Any) -> npt.NDArray[Any]:
-    """An array over a tensor's memory; what numpy has no dtype for (bfloat16) as bytes."""
-    if isinstance(value, np.ndarray):
-        return value
-    view = describe(value)
-    if isinstance(view.owner, tuple):  # (object, array)
-        array: npt.NDArray[Any] = view.owner[1]
-        return array
-    return np.asarray(value)
-
-
-def _as_bytes(buffer: Any, write: bool = False) -> Bytes:
-    """A one-dimensional array of the buffer's bytes. Raises RegistrationError, SizeMismatch."""
-    array = _as_array(buffer) if getattr(buffer, "nbytes", 1) else np.zeros(0, np.uint8)
-    if array.nbytes:
-        describe(array)  # refuses what is not contiguous
-    if write and not array.flags.writeable:
-        raise SizeMismatch("a buffer to receive an object is read-only")
-    return array.reshape(-1).view(np.uint8) if array.nbytes else np.zeros(0, np.uint8)
-
-
-def _some(sizes: Sequence[int]) -> str:
-    return ", ".join(map(str, sizes[:4])) + ("…" if len(sizes) > 4 else "")

@@ -1,0 +1,209 @@
+"""Objects that the original's P2P Store published, read as they stand.
+
+    mooncake/checkpoint/<name>   {"name", "size", "size_list": [bytes a buffer], "max_shard_size",
+                                  "shards": [{"size", "gold": [{"segment_name", "offset"}], "replica_list": the same}]}
+
+`offset` is an address in that segment, lists may be null, shards are the buffers' bytes in order. There are no digests:
+bytes cannot be verified, so that such a replica is not offered to others. Every place of a shard is tried, all of them
+share the load, and one that failed comes last from then on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mooncake_hpc.errors import MetadataError, MooncakeError, ObjectNotFound, TransferCancelled, TransferTimeout
+from mooncake_hpc.metadata.base import MetadataStore
+from mooncake_hpc.p2p.catalogue import ObjectInfo
+from mooncake_hpc.p2p.layout import Layout, Memory, pair
+from mooncake_hpc.p2p.manifest import UNVERIFIED, Manifest
+from mooncake_hpc.p2p.pull import OnProgress, Progress
+from mooncake_hpc.p2p.source import end_batch
+from mooncake_hpc.request import READ, REQUEST
+
+if TYPE_CHECKING:
+    from mooncake_hpc.batch import Batch
+    from mooncake_hpc.engine import TransferEngine
+
+log = logging.getLogger(__name__)
+
+PREFIX = "mooncake/checkpoint/"  # the original's P2P Store knows no MC_METADATA_CLUSTER_ID
+WINDOW = 4  # shards under way
+LOOK = 0.05  # seconds between two looks at deadline and cancellation
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Bytes `begin` to `end` of the object, and the (segment, address) that hold them."""
+
+    begin: int
+    end: int
+    places: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An object of the original's."""
+
+    name: str
+    sizes: tuple[int, ...]
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Checkpoint:
+        """Raises MetadataError, which names `where`, for a value that is no object of the original's."""
+        try:
+            value = json.loads(text)
+            sizes = [int(shard["size"]) for shard in value["shards"] or ()]
+            ends = list(accumulate(sizes))
+            places = [_places(shard) for shard in value["shards"] or ()]
+            shards = tuple(Shard(e - n, e, found) for e, n, found in zip(ends, sizes, places, strict=True))
+            made = cls(str(value["name"]), tuple(int(size) for size in value["size_list"] or ()), shards)
+            if any(size <= 0 for size in sizes) or any(size < 0 for size in made.sizes):
+                raise ValueError("a size is below 0")
+            if sum(sizes) != sum(made.sizes):
+                raise ValueError(f"shards of {sum(sizes)} bytes for buffers of {sum(made.sizes)}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MetadataError(f"{where} holds no object of the original's P2P Store: {error!r}") from error
+        return made
+
+    def manifest(self) -> Manifest:
+        """Ours of the same object, without digests."""
+        largest = max((shard.end - shard.begin for shard in self.shards), default=1)
+        return Manifest(self.name, "original", self.sizes, largest, UNVERIFIED, b"")
+
+    def holders(self) -> dict[str, int]:
+        """Shards by segment."""
+        names = [name for shard in self.shards for name in {segment for segment, _ in shard.places}]
+        return {name: names.count(name) for name in dict.fromkeys(names)}
+
+
+def _places(shard: Any) -> tuple[tuple[str, int], ...]:
+    found = [*(shard.get("replica_list") or ()), *(shard.get("gold") or ())]
+    return tuple((str(place["segment_name"]), int(place["offset"])) for place in found)
+
+
+def find(store: MetadataStore, name: str) -> Checkpoint | None:
+    """The original's object of this name. Raises MetadataError."""
+    text = store.get(PREFIX + name)
+    return None if text is None else Checkpoint.from_json(text, f"key {PREFIX + name!r} in {store.spec}")
+
+
+def list_originals(store: MetadataStore, prefix: str) -> list[ObjectInfo]:
+    """The original's objects whose names begin so. What is none is left out. Raises MetadataError."""
+    found = []
+    for key, text in sorted(store.list(PREFIX + prefix).items()):
+        try:
+            one = Checkpoint.from_json(text, key)
+        except MetadataError as error:
+            log.warning("%s", error)
+            continue
+        made = one.manifest()
+        shards = len(one.shards)
+        found.append(ObjectInfo(one.name, made.version, made.size, shards, made.shard_size, one.sizes, one.holders()))
+    return found
+
+
+class Fetch:
+    """Reads the bytes that `memory` spans. Nothing touches it any more once `run` has returned or raised."""
+
+    def __init__(self, engine: TransferEngine, checkpoint: Checkpoint, memory: Memory) -> None:
+        self._engine, self._checkpoint, self._memory = engine, checkpoint, memory
+        wanted = [s for s in checkpoint.shards if max(s.begin, memory.begin) < min(s.end, memory.end)]
+        self._todo = deque((shard, self._order(number, shard)) for number, shard in enumerate(wanted))
+        self._flying: deque[_Flight] = deque()
+        self._causes: dict[str, str] = {}  # what segments failed of
+        self.progress = Progress(memory.end - memory.begin, shards=len(wanted))
+
+    @staticmethod
+    def _order(number: int, shard: Shard) -> list[tuple[str, int]]:
+        turn = number % max(1, len(shard.places))
+        return [*shard.places[turn:], *shard.places[:turn]]
+
+    def run(self, deadline: float | None, cancel: threading.Event | None, progress: OnProgress | None) -> Progress:
+        """Raises TransferTimeout, TransferCancelled, and ObjectNotFound for a shard that no place gives."""
+        started = time.monotonic()
+        try:
+            while self._todo or self._flying:
+                while self._todo and len(self._flying) < WINDOW:
+                    self._begin(*self._todo.popleft())
+                self._take_in()
+                self.progress.seconds = time.monotonic() - started
+                if progress is not None:
+                    progress(self.progress)
+                self._check(deadline, cancel)
+        finally:
+            for flight in self._flying:
+                end_batch(flight.batch)
+        return self.progress
+
+    def _check(self, deadline: float | None, cancel: threading.Event | None) -> None:
+        what = f"object {self._checkpoint.name!r} of the original's: {self.progress.done} of {self.progress.size} bytes"
+        if cancel is not None and cancel.is_set():
+            raise TransferCancelled(f"{what}; the pull was cancelled")
+        if deadline is not None and time.monotonic() > deadline and (self._todo or self._flying):
+            raise TransferTimeout(f"{what}; the pull is not done at its deadline")
+
+    def _begin(self, shard: Shard, places: list[tuple[str, int]]) -> None:
+        """Ask the first of the places that can be asked."""
+        places.sort(key=lambda place: place[0] in self._causes)
+        while places:
+            segment, address = places.pop(0)
+            try:
+                batch = self._submit(shard, segment, address)
+            except MooncakeError as error:
+                self._fail(segment, error)
+                continue
+            self._flying.append(_Flight(shard, segment, places, batch))
+            return
+        causes = "".join(f"; {segment}: {text}" for segment, text in self._causes.items())
+        raise ObjectNotFound(
+            f"object {self._checkpoint.name!r} of the original's: bytes {shard.begin} to {shard.end} cannot be had "
+            f"from any of the {len(shard.places)} places that it names{causes}"
+        )
+
+    def _submit(self, shard: Shard, segment: str, address: int) -> Batch:
+        opened = self._engine.open_segment(segment)
+        begin, end = max(shard.begin, self._memory.begin), min(shard.end, self._memory.end)
+        remote = Layout([(address, shard.end - shard.begin)], shard.begin)
+        pairs = pair(self._memory, remote, begin, end)
+        requests = np.zeros(len(pairs), REQUEST)
+        requests["opcode"], requests["target_id"] = READ, opened.id
+        requests["local_addr"], requests["remote_addr"], requests["length"] = zip(*pairs, strict=True)
+        self.progress.transports[segment] = opened.transport
+        return self._engine.submit(requests)
+
+    def _take_in(self) -> None:
+        flight = self._flying[0]
+        if not flight.batch.join(LOOK):
+            return
+        self._flying.popleft()
+        if (error := flight.batch.error) is not None:
+            self._fail(flight.segment, error)
+            self._begin(flight.shard, flight.places)
+            return
+        nbytes = min(flight.shard.end, self._memory.end) - max(flight.shard.begin, self._memory.begin)
+        self.progress.done += nbytes
+        self.progress.shards_done += 1
+        self.progress.sources[flight.segment] += nbytes
+
+    def _fail(self, segment: str, error: MooncakeError) -> None:
+        self._causes[segment] = str(error)
+        self.progress.failures[segment] += 1
+
+
+@dataclass(slots=True)
+class _Flight:
+    shard: Shard
+    segment: str
+    places: list[tuple[str, int]]  # left to be tried
+    batch: Batch
