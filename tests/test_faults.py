@@ -117,7 +117,7 @@ def test_a_killed_peer_is_replaced_under_its_name_at_once(etcd: str, protocol: s
                 local[:] = number
                 link.run(link.request(WRITE, 0, 0, local.size))
                 assert peer.call("uniform", remote) == number
-                batch = ours.submit(requests(*[link.request(WRITE, 0, 0, local.size)] * 400))
+                batch = ours.submit(requests(*[link.request(WRITE, 0, 0, local.size)] * 4000))
                 time.sleep(chooser.uniform(0, 0.05))
                 peer.process.kill()
                 with pytest.raises(PeerLost, match=name):
