@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from mooncake_hpc.errors import MooncakeError, RegistrationError
-from mooncake_hpc.kernels import ranges
+from mooncake_hpc.errors import RegistrationError
+from mooncake_hpc.kernels import prepare, ranges
 from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
 from mooncake_hpc.settings import RdmaSettings
 from mooncake_hpc.topology import Topology
@@ -21,6 +23,7 @@ from mooncake_hpc.transports.rdma.nic import Nic
 log = logging.getLogger(__name__)
 
 CAP_IPC_LOCK = 14
+LARGE = 64 << 20  # bytes from which on several threads fault memory in and register it, one a device
 Row = tuple[int, int, Sequence[int], bool]  # start, end, (bits of near devices, keys by device), read-only
 Key = tuple[int, int, bool, bool]  # address, length, read-only, remote
 
@@ -112,14 +115,21 @@ class Regions:
         for start in range(address, address + length, self._most):
             piece = Piece(start, min(start + self._most, address + length), [])
             pieces.append(piece)
-            for nic in self._nics:
-                try:
-                    region = nic.device.register(
-                        start, piece.end - start, not readonly, remote, self._settings.relaxed_ordering
-                    )
-                except MooncakeError as error:
-                    raise RegistrationError(f"{error}{_memlock_hint()}") from error
-                piece.regions.append(region)
+        if length >= LARGE:
+            _fault_in(address, length, not readonly)
+        with ThreadPoolExecutor(max(1, len(self._nics)), "mooncake-register") as threads:
+            places = [(nic, piece) for piece in pieces for nic in self._nics]
+            regions = [threads.submit(self._region, nic, piece, not readonly, remote) for nic, piece in places]
+        failures = [error for region in regions if (error := region.exception()) is not None]
+        for (_, piece), region in zip(places, regions, strict=True):
+            if region.exception() is None:
+                piece.regions.append(region.result())
+        if failures:
+            raise RegistrationError(f"{failures[0]}{_memlock_hint()}") from failures[0]
+
+    def _region(self, nic: Nic, piece: Piece, writable: bool, remote: bool) -> Any:
+        relaxed = self._settings.relaxed_ordering
+        return nic.device.register(piece.start, piece.end - piece.start, writable, remote, relaxed)
 
     def _rows(self, key: Key, location: str) -> Iterable[Row]:
         near, _ = self._topology.choices(location)
@@ -137,6 +147,15 @@ def remote_rows(descriptor: SegmentDescriptor) -> Iterable[Row]:
         choices = descriptor.priority_matrix.get(buffer.name) or [names]
         bits = sum(1 << index for index, name in enumerate(names) if name in choices[0])
         yield buffer.address, buffer.address + buffer.length, (bits, *buffer.rkeys), buffer.readonly
+
+
+def _fault_in(address: int, length: int, writable: bool) -> None:
+    """Have all pages there, by all our cores: a device's registration would do it by one."""
+    cores = len(os.sched_getaffinity(0))
+    share = -(-length // cores)
+    with ThreadPoolExecutor(cores, "mooncake-touch") as threads:
+        for start in range(0, length, share):
+            threads.submit(prepare.touch_range, address + start, min(share, length - start), int(writable))
 
 
 def _key(registration: Registration) -> Key:

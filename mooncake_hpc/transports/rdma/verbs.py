@@ -8,8 +8,10 @@ it against all that pyverbs says publicly; where the two differ, pyverbs' own ca
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
+import functools
 import logging
 import os
 import select
@@ -128,14 +130,17 @@ class Device:
         active = state.state == enums.IBV_PORT_ACTIVE
         return Port(active, 128 << int(state.active_mtu), int(state.lid), int(state.max_msg_sz))
 
-    def register(self, address: int, length: int, writable: bool, remote: bool, relaxed: bool) -> MR:
-        """A memory region with `lkey`, `rkey` and `close()`. Raises DeviceError."""
+    def register(self, address: int, length: int, writable: bool, remote: bool, relaxed: bool) -> Region | MR:
+        """A memory region with `lkey`, `rkey` and `close()`; other threads run meanwhile. Raises DeviceError."""
         access = enums.IBV_ACCESS_LOCAL_WRITE if writable else 0
         if remote:
             access |= REMOTE if writable else enums.IBV_ACCESS_REMOTE_READ
         if relaxed:
             access |= enums.IBV_ACCESS_RELAXED_ORDERING
         with explained(f"RDMA device {self.name} cannot register {length} bytes at {address:#x}"):
+            pd = address_of(self._pd)
+            if pointers_work and peek(pd + layout.PD_CONTEXT, 8) == address_of(self._context):
+                return Region(pd, address, length, access)
             return MR(self._pd, length, access, address=address)
 
     def queue(self, depth: int) -> CompletionQueue:
@@ -172,6 +177,41 @@ class Device:
         with explained(f"closing RDMA device {self.name}"):
             self._pd.close()
             self._context.close()
+
+
+class Region:
+    """A memory region by libibverbs itself: pyverbs would hold the GIL while pages are pinned, which takes seconds."""
+
+    def __init__(self, pd: int, address: int, length: int, access: int) -> None:
+        """Raises OSError."""
+        self._library = _libibverbs()
+        self._mr = self._library.ibv_reg_mr_iova2(pd, address, length, address, access)
+        if not self._mr:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        self.lkey = peek(self._mr + layout.MR_LKEY, 4)
+        self.rkey = peek(self._mr + layout.MR_RKEY, 4)
+
+    def close(self) -> None:
+        """Raises DeviceError."""
+        code = self._library.ibv_dereg_mr(self._mr)
+        if code:
+            raise DeviceError(f"a memory region cannot be released: {os.strerror(code)}", code)
+
+
+@functools.cache
+def _libibverbs() -> ctypes.CDLL:
+    library = ctypes.CDLL("libibverbs.so.1", use_errno=True)
+    library.ibv_reg_mr_iova2.restype = ctypes.c_void_p
+    library.ibv_reg_mr_iova2.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_uint64,
+        ctypes.c_uint,
+    ]
+    library.ibv_dereg_mr.argtypes = [ctypes.c_void_p]
+    return library
 
 
 class CompletionQueue:
