@@ -115,8 +115,8 @@ class Pool:
         """The reply to a peer's request; a refusal says why."""
         try:
             return self._answer(Hello.from_json(request, "the request")).to_json()
-        except MooncakeError as error:
-            log.info("RDMA handshake refused: %s", error)
+        except Exception as error:
+            log.info("RDMA handshake refused: %s", error, exc_info=not isinstance(error, MooncakeError))
             return Hello("", "", (), error=str(error)).to_json()
 
     def _answer(self, request: Hello) -> Hello:

@@ -138,8 +138,8 @@ class Device:
         if relaxed:
             access |= enums.IBV_ACCESS_RELAXED_ORDERING
         with explained(f"RDMA device {self.name} cannot register {length} bytes at {address:#x}"):
-            pd = address_of(self._pd)
-            if pointers_work and peek(pd + layout.PD_CONTEXT, 8) == address_of(self._context):
+            pd = matching(self._pd, (layout.PD_CONTEXT, 8, self._context))
+            if pd:
                 return Region(pd, address, length, access)
             return MR(self._pd, length, access, address=address)
 
@@ -153,9 +153,8 @@ class Device:
 
     def events(self, wake: int) -> Iterator[int]:
         """The context's asynchronous events, as enum ibv_event_type, until `wake` is readable."""
-        context = address_of(self._context)
-        command_fd = peek(context + layout.CONTEXT_COMMAND_FD, 4)
-        if command_fd != self._context.cmd_fd:
+        context = matching(self._context, (layout.CONTEXT_COMMAND_FD, 4, self._context.cmd_fd))
+        if not context:
             log.warning("RDMA device %s: struct ibv_context is not as expected: no events", self.name)
             return
         fd = peek(context + layout.CONTEXT_ASYNC_FD, 4)
@@ -222,9 +221,9 @@ class CompletionQueue:
         with explained(f"RDMA device {device}: completion queue of {depth}"):
             self.channel = CompChannel(context)
             self.cq = CQ(context, depth, None, self.channel, 0)
-        channel = address_of(self.channel)
         self.fd = -1  # of the channel; -1: not known, so that there are no events
-        if pointers_work and peek(channel + layout.CHANNEL_CONTEXT, 8) == address_of(context):
+        channel = matching(self.channel, (layout.CHANNEL_CONTEXT, 8, context))
+        if channel:
             self.fd = peek(channel + layout.CHANNEL_FD, 4)
             fcntl.fcntl(self.fd, fcntl.F_SETFL, fcntl.fcntl(self.fd, fcntl.F_GETFL) | os.O_NONBLOCK)
 
@@ -292,25 +291,21 @@ class QueuePair:
         """What a kernel posts and polls with."""
         global pointers_work
         context, pd, cq = self._owners
+        qp = matching(
+            self._qp,
+            (layout.QP_CONTEXT, 8, context),
+            (layout.QP_PD, 8, pd),
+            (layout.QP_SEND_CQ, 8, cq),
+            (layout.QP_NUMBER, 4, self.number),
+        )
+        queue = matching(cq, (layout.CQ_CONTEXT, 8, context))
+        verbs = matching(context, (layout.CONTEXT_COMMAND_FD, 4, context.cmd_fd))
+        if qp and queue and verbs:
+            post, poll, notify = (
+                peek(verbs + offset, 8) for offset in (layout.CONTEXT_POST, layout.CONTEXT_POLL, layout.CONTEXT_NOTIFY)
+            )
+            return Calls(qp, post, queue, poll, notify)
         if pointers_work:
-            qp, wanted = address_of(self._qp), address_of(context)
-            try:
-                right = (
-                    peek(qp + layout.QP_CONTEXT, 8) == wanted
-                    and peek(qp + layout.QP_PD, 8) == address_of(pd)
-                    and peek(qp + layout.QP_SEND_CQ, 8) == address_of(cq)
-                    and peek(qp + layout.QP_NUMBER, 4) == self.number
-                    and peek(address_of(cq) + layout.CQ_CONTEXT, 8) == wanted
-                    and peek(wanted + layout.CONTEXT_COMMAND_FD, 4) == context.cmd_fd
-                )
-            except OSError:
-                right = False
-            if right:
-                post, poll, notify = (
-                    peek(wanted + offset, 8)
-                    for offset in (layout.CONTEXT_POST, layout.CONTEXT_POLL, layout.CONTEXT_NOTIFY)
-                )
-                return Calls(qp, post, address_of(cq), poll, notify)
             pointers_work = False
             warnings.warn("pyverbs' objects are not as expected: RDMA goes through its slow calls", stacklevel=2)
         self._callbacks = Callbacks(self._qp, cq, SendWR, SGE)
@@ -335,6 +330,21 @@ def peek(address: int, size: int) -> int:
     if len(data) != size:
         raise OSError(errno.EIO, f"no memory at {address:#x}")
     return int.from_bytes(data, "little")
+
+
+def matching(obj: Any, *facts: tuple[int, int, Any]) -> int:
+    """The struct behind a pyverbs object if it is as expected: each fact an offset, a size, and a number or the
+    pyverbs object that it points to. 0 where it is not, or pointers are not to be used."""
+    try:
+        address = address_of(obj) if pointers_work else 0
+        right = all(
+            peek(address + offset, size) == (value if isinstance(value, int) else address_of(value))
+            for offset, size, value in facts
+            if address
+        )
+    except OSError:
+        return 0
+    return address if right else 0
 
 
 def address_of(obj: Any) -> int:
