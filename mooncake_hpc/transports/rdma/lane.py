@@ -265,27 +265,32 @@ class RdmaLane(Lane):
         return rested[: min(made.width, MAX_RAILS)]
 
     def _open_first(self) -> None:
-        """The first rail, as the owner of a lane that has none. Raises MooncakeError, of the first path that failed."""
+        """Rails over all wanted paths, as the owner of a lane that has none, so that they share from the first request
+        on. Raises MooncakeError, of the first path that failed, where none could be opened."""
         if self._opened:
             self._peer.refresh()
             self._set(native.STALE, 0)
         self._opened = True
         paths = self._wanted()
+        width = len(paths)
         if not paths:  # all are paused or down: rather try those than nothing
             paths = [path for path in self._plan().paths if self._nics[path.local].active]
         if not paths:
             names = ", ".join(str(nic) for nic in self._nics)
             raise DeviceError(f"{self.peer}: no RDMA device is active: {names}")
         first: MooncakeError | None = None
+        deadline = time.monotonic() + HANDSHAKE_TIMEOUT  # for all together: a peer that is silent is so on all paths
         for path in paths:
+            left = deadline - time.monotonic()
+            if len(self._rails) >= max(1, width) or left <= 0 or self._get(layout.STATE) == layout.CLOSED:
+                break
             try:
-                self._attach(self._open(path))
-                return
+                self._attach(self._open(path, left))
             except MooncakeError as error:
                 first = first or error
                 self._paused[path] = time.monotonic() + self._settings.rdma.rail_pause
-        assert first is not None
-        raise first
+        if not self._rails:
+            raise first or PeerLost(f"{self.peer}: the lane is closed")
 
     def _open_missing(self) -> None:
         """Further rails, while others carry bytes."""
@@ -295,16 +300,16 @@ class RdmaLane(Lane):
             if len(self._rails) >= MAX_RAILS:
                 return
             try:
-                rail = self._open(path)
+                rail = self._open(path, HANDSHAKE_TIMEOUT)
                 with self._owned():
                     self._attach(rail)
             except MooncakeError as error:
                 log.info("%s; paused for %g s", error, self._settings.rdma.rail_pause)
                 self._paused[path] = time.monotonic() + self._settings.rdma.rail_pause
 
-    def _open(self, path: Path) -> Rail:
+    def _open(self, path: Path, timeout: float) -> Rail:
         device = self._peer.descriptor.devices[path.remote].name
-        endpoint = self._pool.open(self._nics[path.local], self._peer, device, HANDSHAKE_TIMEOUT)
+        endpoint = self._pool.open(self._nics[path.local], self._peer, device, timeout)
         rail = Rail(path, endpoint)
         endpoint.attach(lambda: self._lose(rail))
         self._paused.pop(path, None)
