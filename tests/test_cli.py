@@ -118,6 +118,7 @@ def test_a_target_ends_cleanly_and_removes_its_keys(etcd: str, start: Start, num
     assert keys(etcd, name) == []
 
 
+@pytest.mark.slow
 def test_a_killed_target_restarts_under_its_name_at_once(etcd: str, start: Start) -> None:
     first, _ = target(start, etcd, "127.0.0.1:21003", *SMALL)
     first.kill()
@@ -156,6 +157,7 @@ def test_no_etcd() -> None:
     assert time.monotonic() - begin < 15
 
 
+@pytest.mark.slow
 def test_a_target_killed_in_mid_run_fails_the_initiator(etcd: str, start: Start) -> None:
     process, command = target(start, etcd, "127.0.0.1:21006", *SMALL)
     initiator = start(*command, "--duration=30")
@@ -204,6 +206,7 @@ def test_workers_killed_in_mid_run_cost_no_transfer(etcd: str, start: Start, tmp
     assert result["errors"] == result["wrong_bytes"] == 0 < result["compared_bytes"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not is_local("::1"), reason="hardware: this machine has no IPv6")
 def test_ipv6_from_end_to_end(start: Start) -> None:
     with EmbeddedEtcd("::1") as server:
@@ -212,6 +215,7 @@ def test_ipv6_from_end_to_end(start: Start) -> None:
     assert shown.returncode == 0 and "[::1]:21011 -> [::1]:21010" in shown.stdout, shown
 
 
+@pytest.mark.slow
 def test_without_any_metadata_server(start: Start) -> None:
     _, command = target(start, "P2PHANDSHAKE", "127.0.0.1:21007", *SMALL)
     shown = run("--duration=0.3", command=command)

@@ -181,6 +181,7 @@ def test_start_failure_shows_the_log(folder: Path) -> None:
     assert "127.0.0.1:" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_start_has_a_deadline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "START_TIMEOUT", 2.0)
     with pytest.raises(MetadataError, match=r"does not serve within 2 s.*thinking"):

@@ -22,6 +22,7 @@ def test_all_are_here_and_short() -> None:
     assert all(len(file.read_text().splitlines()) <= SCREEN for file in files)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_it_runs(mpirun: str, no_leaks: None, name: str) -> None:
     ranks, words = EXAMPLES[name]

@@ -128,6 +128,7 @@ def test_a_killed_peer_is_replaced_under_its_name_at_once(etcd: str, protocol: s
                 assert time.monotonic() - began < 10
 
 
+@pytest.mark.slow
 def test_a_segment_whose_owner_was_killed(etcd: str) -> None:
     """Its keys live as long as the lease: it can be found, but not reached."""
     with engine(etcd, "faults-ours:2") as ours:

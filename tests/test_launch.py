@@ -131,6 +131,7 @@ def test_a_signal_to_launch_bench_ends_everything(start: Start, number: signal.S
     assert not left, left
 
 
+@pytest.mark.slow
 def test_transfer_engine_bench_execs(start: Start, etcd: str) -> None:
     """From its folder, as the original's documents have it; a signal reaches the program itself."""
     words = ["--mode=target", f"--metadata_server={etcd}", "--local_server_name=127.0.0.1:21200", "--protocol=tcp"]

@@ -212,6 +212,7 @@ class TestEtcdStore(MetadataStoreConformance):
 # Leases
 
 
+@pytest.mark.slow
 def test_keys_outlive_the_ttl_while_their_process_lives(etcd: EmbeddedEtcd, reader: MetadataStore) -> None:
     with open_store(etcd.endpoint, SETTINGS) as store:
         store.publish("k", "v")
@@ -309,6 +310,7 @@ def test_silent_etcd_is_an_error_within_the_deadline() -> None:
         assert time.monotonic() - start < 2
 
 
+@pytest.mark.slow
 def test_idle_while_etcd_is_away(tmp_path: Path) -> None:
     with Etcd(tmp_path / "etcd") as server, open_store(server.endpoint, SETTINGS) as store:
         store.publish("k", "v")
@@ -329,6 +331,7 @@ def test_endpoints_that_never_answer_are_passed_over(etcd: EmbeddedEtcd, order: 
             assert store.get("k") == "v"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["cut", "freeze"])
 def test_fail_over(etcd: EmbeddedEtcd, reader: MetadataStore, fault: str) -> None:
     ways = [Forwarder(etcd.endpoint), Forwarder(etcd.endpoint)]
@@ -384,6 +387,7 @@ def certificates(folder: Path) -> None:
     openssl("x509", "-req", "-in", "node.csr", "-out", "node.pem", *signed_by)
 
 
+@pytest.mark.slow
 def test_tls(tmp_path: Path) -> None:
     certificates(tmp_path)
     ca, cert, key = (str(tmp_path / name) for name in ("ca.pem", "node.pem", "node.key"))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Start, clean_env
 
+pytestmark = pytest.mark.slow
 SCRIPT = str(ROOT / "launch" / "virtual-hosts")
 STATE = ROOT / ".mooncake" / "hosts"
 SERVER = """

@@ -118,6 +118,7 @@ def test_arguments_are_checked(two: MemoryFile) -> None:
             WorkerPool(count)
 
 
+@pytest.mark.slow
 def test_many_threads_and_more_jobs_than_slots(two: MemoryFile) -> None:
     half = [two.array[:SIZE], two.array[SIZE:]]
     with WorkerPool(2) as pool:
@@ -302,6 +303,7 @@ def test_the_environment_of_a_worker() -> None:
     assert not [name for name in clean if name.startswith(("PMI", "OMPI_", "HYDRA"))]
 
 
+@pytest.mark.slow
 def test_idle_workers_cost_little_time_and_memory() -> None:
     def ticks(pid: int) -> int:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -350,6 +352,7 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.slow
 def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
     script = write_script(tmp_path, "import sys; sys.path.pop(0)", "pool.close()")
     done = subprocess.run(
