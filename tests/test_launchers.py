@@ -89,6 +89,19 @@ def test_the_users_settings_win() -> None:
     assert environment(OPENMPI, {})["OMPI_MCA_pml"] == "ob1"
 
 
+@pytest.mark.parametrize(
+    ("device", "settings"),
+    [
+        ("ch4:ucx ofi", {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"}),
+        ("ch4:ofi,ucx", {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"}),
+        ("ch4:ucx", {}),  # it has nothing else
+        ("ch3:nemesis", {}),
+    ],
+)
+def test_mpich_in_slurm(device: str, settings: dict[str, str]) -> None:
+    assert MPICH.slurm_settings(f"MPICH Version: 5.0.2\nMPICH Device:       {device}\nMPICH CC: cc") == settings
+
+
 def test_host_files() -> None:
     text = "# nodes\nh0:2\nh1 slots=3 max-slots=4\nh2 # slow\n\nh0\n"
     assert hostfile.parse(text) == (Host("h0", 3), Host("h1", 3), Host("h2", 1))

@@ -54,7 +54,8 @@ class Launcher:
     """An MPI library's way to start ranks.
 
     `marks` are words (lower case) by which its library or its mpirun gives itself away; `settings` go into the
-    environment where the user has not set them; `slurm` is the `--mpi=` with which srun starts its ranks.
+    environment where the user has not set them; `slurm` is the `--mpi=` with which srun starts its ranks, and
+    `slurm_settings` are further settings for that, of the library's version text.
     """
 
     name: str
@@ -62,3 +63,4 @@ class Launcher:
     slurm: str
     settings: Mapping[str, str]
     command: Callable[[Job, str], list[str]]  # of a job and the path of its mpirun
+    slurm_settings: Callable[[str], Mapping[str, str]] = lambda text: {}

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from mooncake_hpc.errors import ConfigError
@@ -46,8 +47,11 @@ def launcher_of(mpirun: str) -> Launcher:
 
 
 def launcher_of_library() -> Launcher:
-    """The MPI library that mpi4py loads in this Python; it is asked in another process and not initialised."""
-    return identify(_output([sys.executable, "-c", ASK_LIBRARY]), "mpi4py's library")
+    """The MPI library that mpi4py loads in this Python, with its settings for srun; it is asked in another process and
+    not initialised."""
+    text = _output([sys.executable, "-c", ASK_LIBRARY])
+    launcher = identify(text, "mpi4py's library")
+    return replace(launcher, settings={**launcher.settings, **launcher.slurm_settings(text)})
 
 
 def _output(command: list[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from mooncake_hpc.launchers.base import Job, Launcher
 
 
@@ -19,4 +21,14 @@ def command(job: Job, mpirun: str) -> list[str]:
     return [*words, *job.program]
 
 
-MPICH = Launcher("mpich", ("mpich", "hydra", "mvapich"), "pmi2", {}, command)
+def slurm_settings(version: str) -> dict[str, str]:
+    """Over UCX, MPICH 5 exchanges addresses in lines of up to a kilobyte, which Slurm's pmi2 plugin sometimes tears
+    apart ("value not properly terminated"), so that MPI_Init fails. Those of libfabric's tcp are short.
+    """
+    devices = re.search(r"Device:\s*ch4:(.*)", version)
+    if devices is None or not {"ucx", "ofi"} <= set(re.split(r"[ ,]+", devices[1].strip())):
+        return {}
+    return {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"}
+
+
+MPICH = Launcher("mpich", ("mpich", "hydra", "mvapich"), "pmi2", {}, command, slurm_settings)
