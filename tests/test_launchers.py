@@ -167,6 +167,12 @@ def three_hosts(tmp_path: Path) -> Iterator[tuple[list[str], Path]]:
         del os.environ["VIRTUAL_HOSTS"]
 
 
+@pytest.fixture(params=["mpich", "openmpi"])
+def python(request: pytest.FixtureRequest, openmpi: str) -> str:
+    """A Python of each MPI library."""
+    return sys.executable if request.param == "mpich" else openmpi
+
+
 PLACE = """
 from mpi4py import MPI
 import os, socket
@@ -177,12 +183,12 @@ os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # in one piece: ranks
 
 
 @pytest.mark.slow
-def test_a_host_file_for_real(three_hosts: tuple[list[str], Path]) -> None:
+def test_a_host_file_for_real(three_hosts: tuple[list[str], Path], python: str) -> None:
     on_h0, file = three_hosts
-    launch = [sys.executable, "-m", "mooncake_hpc", "launch", f"--hostfile={file}", "--bind=any"]
+    launch = [python, "-m", "mooncake_hpc", "launch", f"--hostfile={file}", "--bind=any"]
     shell = f"--remote_shell={ROOT}/launch/virtual-shell"
     result = subprocess.run(
-        [*on_h0, *launch, shell, "--", sys.executable, "-c", PLACE],
+        [*on_h0, *launch, shell, "--", python, "-c", PLACE],
         env=clean_env(MOONCAKE_HPC_LEASE_TTL="7", VIRTUAL_HOSTS=os.environ["VIRTUAL_HOSTS"]),
         capture_output=True, text=True, timeout=100,
     )  # fmt: skip
@@ -194,9 +200,9 @@ def test_a_host_file_for_real(three_hosts: tuple[list[str], Path]) -> None:
 
 
 @pytest.mark.slow
-def test_a_bench_over_hosts(three_hosts: tuple[list[str], Path], tmp_path: Path) -> None:
+def test_a_bench_over_hosts(three_hosts: tuple[list[str], Path], python: str) -> None:
     on_h0, file = three_hosts
-    launch = [sys.executable, "-m", "mooncake_hpc", "launch", f"--hostfile={file}", "--ranks=4"]
+    launch = [python, "-m", "mooncake_hpc", "launch", f"--hostfile={file}", "--ranks=4"]
     flags = ["--protocol=tcp", "--metadata_server=embedded", "--pattern=all_to_all", "--verify", "--block_size=4096"]
     flags += ["--batch_size=16", "--threads=2", "--buffer_size=1048576", "--duration=0.5"]
     result = subprocess.run(

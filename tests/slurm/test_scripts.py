@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from sandbox import HOSTS, QUICK, Sandbox
+from sandbox import HOSTS, QUICK, SCRIPT, Sandbox
 
 from mooncake_hpc import topology
 
@@ -56,6 +56,25 @@ def test_bench(slurm: Sandbox, tmp_path: Path) -> None:
     assert (initiator["host"], initiator["targets"]) == ("h1", ["h0:12345"]), result
     assert result["transports"] == ["tcp"] and result["wrong_bytes"] == 0 < result["compared_bytes"], result
     assert sum(line.startswith("Test completed") for line in job.output.splitlines()) == 1, job
+
+
+def test_bench_under_open_mpi(slurm: Sandbox, tmp_path: Path, openmpi: str) -> None:
+    """The launcher is chosen by the library of the Python that is named: srun --mpi=pmix."""
+    number = slurm.submit("bench.sbatch", *QUICK, "--duration=3", folder=tmp_path, env={"MOONCAKE_HPC_PYTHON": openmpi})
+    slurm.wait_for(number, "connected and warm")
+    assert any("srun" in line and "--mpi=pmix" in line for _, _, line in slurm.processes())
+    (job,) = slurm.wait(number, 60)
+    assert (job.state, job.code, len(job.results)) == ("COMPLETED", "0:0", 1), job
+
+
+def test_a_world_of_another_size_is_refused(slurm: Sandbox) -> None:
+    """Ranks that srun did not tell of one another, as with the wrong --mpi: each would be a world of its own."""
+    bench = [sys.executable, "-m", "mooncake_hpc", "bench", *QUICK, "--metadata_server=embedded"]
+    result = subprocess.run(
+        [SCRIPT, "run", "srun", "-N2", "-n2", "--mpi=none", *bench],
+        env=slurm.env, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert result.returncode != 0 and "started 2 processes" in result.stderr and "do not match" in result.stderr, result
 
 
 def test_all_to_all(slurm: Sandbox, tmp_path: Path) -> None:
