@@ -120,7 +120,8 @@ def second_try(part: Part, left: float) -> None:
     ranks = part.name.startswith("mpi")
     show_ranks(part)
     print(f"== {part.name}: once more: {' '.join(part.failed)}", flush=True)
-    code = run_command(command if ranks else [*command, *part.failed], left)
+    alone = [*(word for word in command if not word.startswith("tests/")), *part.failed]
+    code = run_command(command if ranks else alone, left)
     before = part.failed
     passed, part.passed, part.failed, part.complaints = part.passed, 0, [], []
     read_results(part)

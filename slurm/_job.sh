@@ -107,7 +107,7 @@ start_etcd() {
         [ ${#nodes[@]} -ge "$count" ] || die "--etcd-members=$count needs $count nodes; the job has ${#nodes[@]}"
         first=$(IFS=,; echo "${nodes[*]:0:$count}")
         words=(srun --overlap --mem=0 --nodelist="$first" --nodes="$count" --ntasks="$count" --ntasks-per-node=1
-            --mpi=none --unbuffered bash -c 'exec "$0" -m mooncake_hpc etcd --members="$1" --member="$SLURM_PROCID" --port="$2" --fromenv=password'
+            --mpi=none bash -c 'exec "$0" -m mooncake_hpc etcd --members="$1" --member="$SLURM_PROCID" --port="$2" --fromenv=password'
             "$PY" "$first" "$((20000 + 2 * (SLURM_JOB_ID % 5000)))")
     fi
     log=$(mktemp)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Sequence
 
 from mooncake_hpc.cli import glog
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str], command: Sequence[str] = ()) -> int:
         return 0
     glog.set_up(flags)
     with _server(flags, Settings.from_env()) as etcd:
-        print(etcd.endpoint, flush=True)
+        sys.stdout.write(f"{etcd.endpoint}\n")  # in one piece: members share srun's output
+        sys.stdout.flush()
         try:
             while True:
                 signal.pause()
