@@ -24,7 +24,7 @@ def test_all_are_here_and_short() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_it_runs(mpirun: str, no_leaks: None, name: str) -> None:
+def test_it_runs(mpirun: str, name: str) -> None:
     ranks, words = EXAMPLES[name]
     launch = [sys.executable, "-m", "mooncake_hpc", "launch", f"--mpirun={mpirun}", f"--ranks={ranks}", "--"]
     result = subprocess.run(

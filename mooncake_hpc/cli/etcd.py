@@ -41,9 +41,9 @@ def main(arguments: Sequence[str], command: Sequence[str] = ()) -> int:
         return 0
     glog.set_up(flags)
     with _server(flags, Settings.from_env()) as etcd:
-        sys.stdout.write(f"{etcd.endpoint}\n")  # in one piece: members share srun's output
-        sys.stdout.flush()
         try:
+            sys.stdout.write(f"{etcd.endpoint}\n")  # in one piece: members share srun's output
+            sys.stdout.flush()
             while True:
                 signal.pause()
         except KeyboardInterrupt:
