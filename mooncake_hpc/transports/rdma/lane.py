@@ -19,7 +19,7 @@ from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.topology import Topology
 from mooncake_hpc.transports.base import Peer, Route
-from mooncake_hpc.transports.lane import Lane
+from mooncake_hpc.transports.lane import Lane, spin_time
 from mooncake_hpc.transports.rdma.nic import Nic
 from mooncake_hpc.transports.rdma.paths import Path, Plan, plan
 from mooncake_hpc.transports.rdma.pool import Pool
@@ -35,6 +35,7 @@ FLUSH_TIMEOUT = 2.0  # seconds for a device to give back what was under way, aft
 WINDOW = 1 << 20  # bytes under way a rail where there are several
 SEIZE_TIMEOUT = 5_000_000_000  # ns
 EPOLL_EVENT = 12  # bytes of struct epoll_event on x86-64; 16 elsewhere
+SPIN_FACTOR = 4  # of what other lanes poll: the peer needs no core of ours to answer
 UNDRAINED = 1024  # events left in the channels, at about 100 bytes in the kernel
 
 
@@ -70,6 +71,7 @@ class RdmaLane(Lane):
         settings: Settings,
     ) -> None:  # fmt: skip
         super().__init__(f"rdma/{peer.name}/0", peer.name, settings.transfer_timeout)
+        self._set(layout.SPIN, SPIN_FACTOR * spin_time())
         self._peer, self._nics, self._topology, self._pool, self._settings = peer, nics, topology, pool, settings
         self._rails: list[Rail] = []
         self._paused: dict[Path, float] = {}  # until when (time.monotonic())
@@ -150,10 +152,6 @@ class RdmaLane(Lane):
     def repair(self) -> None:
         self._bury(owned=True)
         native.drop_cancelled(self.address)
-        if self._opened:
-            at = self._get(layout.HEAD), self._get(layout.BYTES)
-            self._failures = self._failures + 1 if at == self._stuck_at else 0
-            self._stuck_at = at
         while self.pending and self._get(layout.STATE) == layout.DOWN:
             try:
                 self._check_hope()
@@ -161,6 +159,7 @@ class RdmaLane(Lane):
             except Exception as error:
                 if not isinstance(error, (OSError, MooncakeError)):
                     log.exception("%s: opening RDMA connections", self.peer)
+                self._failures += 1
                 self._note(str(error))
                 self.fail_queue(layout.LOST)
                 return
@@ -217,26 +216,27 @@ class RdmaLane(Lane):
         """As the owner."""
         self._rails.remove(rail)
         self._list_rails()
-        self._note(rail.explain() if rail.faulty or not self.last_error else "")
         if rail.faulty:
+            at = self._get(layout.HEAD), self._get(layout.BYTES)
+            self._failures = self._failures + 1 if at == self._stuck_at else 1
+            self._stuck_at = at
+            self._note(rail.explain())
             log.info("%s; paused for %g s", rail.explain(), self._settings.rdma.rail_pause)
             self._paused[rail.path] = time.monotonic() + self._settings.rdma.rail_pause
         rail.endpoint.lost = None
         self._pool.discard(rail.endpoint)
 
     def _note(self, error: str) -> None:
-        """The first cause stays what batches fail with."""
-        if error:
-            self.last_error = error if not self._failing else f"{self.last_error}; {error}"
-
-    @property
-    def _failing(self) -> bool:
-        return self._failures > 0 and bool(self.last_error)
+        """The first cause since something was carried stays in what batches fail with, before what came of it."""
+        if self._failures <= 1 or not self.last_error:
+            self.last_error = error
+        elif error not in self.last_error:
+            self.last_error += f"; {error}"
 
     def _check_hope(self) -> None:
         """Raise PeerLost when everything was tried without one more completed slice."""
         if self._failures >= max(ATTEMPTS, len(self._plan().paths)):
-            raise PeerLost(f"{self.peer}: {self._failures} connections in a row carried nothing")
+            raise PeerLost(f"{self._failures} connections in a row carried nothing")
 
     def _refresh(self) -> None:
         """A key was refused: the peer may have registered other memory at its address."""
@@ -309,11 +309,18 @@ class RdmaLane(Lane):
 
     def _open(self, path: Path, timeout: float) -> Rail:
         device = self._peer.descriptor.devices[path.remote].name
-        endpoint = self._pool.open(self._nics[path.local], self._peer, device, timeout)
-        rail = Rail(path, endpoint)
-        endpoint.attach(lambda: self._lose(rail))
-        self._paused.pop(path, None)
-        return rail
+        deadline = time.monotonic() + timeout
+        while True:
+            endpoint = self._pool.open(self._nics[path.local], self._peer, device, deadline - time.monotonic())
+            rail = Rail(path, endpoint)
+            try:
+                endpoint.attach(lambda rail=rail: self._lose(rail))  # type: ignore[misc]
+            except PeerLost:  # the peer has connected anew just now
+                if time.monotonic() > deadline:
+                    raise
+                continue
+            self._paused.pop(path, None)
+            return rail
 
     def _attach(self, rail: Rail) -> None:
         """As the owner."""
