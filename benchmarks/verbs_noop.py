@@ -22,6 +22,7 @@ from numba import cfunc, types
 
 from mooncake_hpc import REQUEST, WRITE, TransferEngine
 from mooncake_hpc.kernels import lane as layout
+from mooncake_hpc.kernels import rails
 from mooncake_hpc.kernels import rdma as native
 from mooncake_hpc.kernels.native import compile_ahead, get, put
 from mooncake_hpc.kernels.verbs import SUCCESS, WC_ID, WC_STATUS
@@ -50,10 +51,10 @@ def post(_qp, _wr, _bad):  # type: ignore[no-untyped-def]
 def poll(rail, most, wcs):  # type: ignore[no-untyped-def]
     """As poll_cq: the last work request of each queue pair with something under way has completed."""
     count = 0
-    for number in range(get(rail + native.RAIL_QP_COUNT)):
-        qp = get(get(rail + native.RAIL_QPS) + 8 * number)
-        if get(qp + native.QP_POSTED) != get(qp + native.QP_RETIRED) and count < most:
-            put(wcs + 48 * count + WC_ID, (get(qp + native.QP_POSTED) - 1) << 8 | number)
+    for number in range(get(rail + rails.RAIL_QP_COUNT)):
+        qp = get(get(rail + rails.RAIL_QPS) + 8 * number)
+        if get(qp + rails.QP_POSTED) != get(qp + rails.QP_RETIRED) and count < most:
+            put(wcs + 48 * count + WC_ID, (get(qp + rails.QP_POSTED) - 1) << 8 | number)
             put(wcs + 48 * count + WC_STATUS, SUCCESS)
             count += 1
     return count
@@ -65,7 +66,7 @@ class NoRail(RailBlock):
     def __init__(self, settings: Settings) -> None:
         calls = Calls(qp=0, post=post.address, cq=0, poll=poll.address, notify=0)
         super().__init__([calls] * settings.rdma.queue_pairs, settings.rdma.max_wr, 0, 0)
-        self.words[native.RAIL_CQ // 8] = self.address
+        self.words[rails.RAIL_CQ // 8] = self.address
 
 
 class NoopLane(RdmaLane):

@@ -12,8 +12,8 @@ import numpy as np
 
 from mooncake_hpc.errors import DeviceError, MooncakeError, PeerLost
 from mooncake_hpc.kernels import lane as layout
+from mooncake_hpc.kernels import rails, slicer
 from mooncake_hpc.kernels import rdma as native
-from mooncake_hpc.kernels import slicer
 from mooncake_hpc.kernels import verbs as verbs_layout
 from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.settings import Settings
@@ -47,15 +47,15 @@ class LaneBlock:
         capacity = 1 << (slots - 1).bit_length()
         self.rails = np.zeros(MAX_RAILS, np.int64)
         self._retry = np.zeros(2 * capacity, np.int64)
-        self._completions = np.zeros(native.POLLED * verbs_layout.WC // 8, np.int64)
-        self._events = np.zeros(2 * native.MAX_EVENTS, np.int64)
+        self._completions = np.zeros(rails.POLLED * verbs_layout.WC // 8, np.int64)
+        self._events = np.zeros(2 * rails.MAX_EVENTS, np.int64)
         for word, value in (
-            (native.RAILS, int(self.rails.ctypes.data)),
-            (native.RETRY, int(self._retry.ctypes.data)),
-            (native.RETRY_MASK, capacity - 1),
-            (native.COMPLETIONS, int(self._completions.ctypes.data)),
-            (native.EVENTS, int(self._events.ctypes.data)),
-            (native.WINDOW, WINDOW),
+            (rails.RAILS, int(self.rails.ctypes.data)),
+            (rails.RETRY, int(self._retry.ctypes.data)),
+            (rails.RETRY_MASK, capacity - 1),
+            (rails.COMPLETIONS, int(self._completions.ctypes.data)),
+            (rails.EVENTS, int(self._events.ctypes.data)),
+            (rails.WINDOW, WINDOW),
         ):
             words[word // 8] = value
 
@@ -78,12 +78,12 @@ class RdmaLane(Lane):
         self._opened = False
         self._failures, self._stuck_at = 0, (-1, -1)
         self._block = LaneBlock(self.words, MAX_RAILS * settings.rdma.queue_pairs * settings.rdma.max_wr)
-        self._set(native.LOCAL_KEYS, regions.tables.address)
-        self._set(native.REMOTE_KEYS, keys.address)
-        self._set(native.FAILURES, settings.rdma.retries)
+        self._set(rails.LOCAL_KEYS, regions.tables.address)
+        self._set(rails.REMOTE_KEYS, keys.address)
+        self._set(rails.FAILURES, settings.rdma.retries)
         self._epoll = select.epoll()
         self._epoll.register(self._doorbell, select.EPOLLIN)
-        self._set(native.EPOLL, self._epoll.fileno())
+        self._set(rails.EPOLL, self._epoll.fileno())
         self._drained = 0
         self._thread.start()
 
@@ -91,7 +91,7 @@ class RdmaLane(Lane):
 
     def drive(self, batch: int, until: int) -> int:
         code = super().drive(batch, until)
-        if self._get(native.SLEEPS) - self._drained > UNDRAINED:
+        if self._get(rails.SLEEPS) - self._drained > UNDRAINED:
             self._drain_events()
         return code
 
@@ -102,7 +102,7 @@ class RdmaLane(Lane):
 
     def wake(self) -> None:
         """Have the lane's thread look after the rails."""
-        self._set(native.WANTED, 1)
+        self._set(rails.WANTED, 1)
         layout.ring_thread(self.address)
         layout.ring_leader(self.address)
 
@@ -114,7 +114,7 @@ class RdmaLane(Lane):
         else:
             for rail in list(self._rails):
                 if rail.path.local == nic.index:
-                    native.spoil(self.address, rail.address, verbs_layout.FLUSHED, 0)
+                    rails.spoil(self.address, rail.address, verbs_layout.FLUSHED, 0)
                     self.last_error = f"RDMA device {nic} is down"
         self.wake()
 
@@ -131,22 +131,22 @@ class RdmaLane(Lane):
 
     @property
     def turn(self) -> int:
-        return self._get(native.TURN)
+        return self._get(rails.TURN)
 
     def past(self, turn: int) -> bool:
         """Whether no kernel looks at anything that was replaced in that turn."""
-        return self._get(native.TURN) != turn or self._get(layout.OWNER) == 0
+        return self._get(rails.TURN) != turn or self._get(layout.OWNER) == 0
 
     # --- the lane's thread ----------------------------------------------------------------------------------
 
     def tend(self) -> None:
-        if not self._get(native.WANTED):
+        if not self._get(rails.WANTED):
             return
-        self._set(native.WANTED, 0)
-        if self._get(native.STALE):
+        self._set(rails.WANTED, 0)
+        if self._get(rails.STALE):
             self._refresh()
         self._bury()
-        if self._get(layout.STATE) == layout.UP and any(rail.state == native.LIVE for rail in self._rails):
+        if self._get(layout.STATE) == layout.UP and any(rail.state == rails.LIVE for rail in self._rails):
             self._open_missing()
 
     def repair(self) -> None:
@@ -183,13 +183,13 @@ class RdmaLane(Lane):
     @contextlib.contextmanager
     def _owned(self) -> Iterator[None]:
         """Be the lane's owner for a moment."""
-        self._set(native.YIELD, 1)
+        self._set(rails.YIELD, 1)
         layout.ring_leader(self.address)
         try:
             if not layout.seize(self.address, time.monotonic_ns() + SEIZE_TIMEOUT):
                 raise PeerLost(f"{self.peer}: the RDMA lane is stuck")
         finally:
-            self._set(native.YIELD, 0)
+            self._set(rails.YIELD, 0)
         try:
             yield
         finally:
@@ -198,16 +198,16 @@ class RdmaLane(Lane):
     def _bury(self, owned: bool = False) -> None:
         """Flush broken rails, see all that was under way come back, and take them out."""
         own: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext if owned else self._owned
-        for rail in [rail for rail in self._rails if rail.state != native.LIVE]:
+        for rail in [rail for rail in self._rails if rail.state != rails.LIVE]:
             rail.flush(self.address)
             while True:
                 with own():
                     native.settle(self.address)
-                    if rail.state != native.DEAD and time.monotonic() - rail.flushed_at > FLUSH_TIMEOUT:
+                    if rail.state != rails.DEAD and time.monotonic() - rail.flushed_at > FLUSH_TIMEOUT:
                         log.warning("%s: what was under way does not come back", rail.explain())
                         rail.endpoint.close_pairs()
                         native.take_back(self.address, rail.address)
-                    if rail.state == native.DEAD:
+                    if rail.state == rails.DEAD:
                         self._take_out(rail)
                         break
                 time.sleep(0.0005)
@@ -244,7 +244,7 @@ class RdmaLane(Lane):
             self._peer.refresh()
         except MooncakeError as error:
             self._note(str(error))
-        self._set(native.STALE, 0)
+        self._set(rails.STALE, 0)
 
     def _plan(self) -> Plan:
         descriptor = self._peer.descriptor
@@ -269,7 +269,7 @@ class RdmaLane(Lane):
         on. Raises MooncakeError, of the first path that failed, where none could be opened."""
         if self._opened:
             self._peer.refresh()
-            self._set(native.STALE, 0)
+            self._set(rails.STALE, 0)
         self._opened = True
         paths = self._wanted()
         width = len(paths)
@@ -332,7 +332,7 @@ class RdmaLane(Lane):
     def _list_rails(self) -> None:
         for number, rail in enumerate(self._rails):
             self._block.rails[number] = rail.address
-        self._set(native.RAIL_COUNT, len(self._rails))
+        self._set(rails.RAIL_COUNT, len(self._rails))
 
     def _lose(self, rail: Rail) -> None:
         """The peer has replaced the endpoint, or the pool has evicted it."""
@@ -340,7 +340,7 @@ class RdmaLane(Lane):
         self.wake()
 
     def _drain_events(self) -> None:
-        self._drained = self._get(native.SLEEPS)
+        self._drained = self._get(rails.SLEEPS)
         for rail in list(self._rails):
             if not rail.endpoint.gone:
                 rail.endpoint.queue.drain_events()

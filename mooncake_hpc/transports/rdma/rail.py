@@ -8,7 +8,7 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from mooncake_hpc.kernels import rdma as native
+from mooncake_hpc.kernels import rails
 from mooncake_hpc.kernels import verbs as layout
 from mooncake_hpc.kernels.lane import TIMED_OUT
 from mooncake_hpc.transports.rdma import verbs
@@ -38,12 +38,12 @@ class QueuePairBlock:
     def __init__(self, calls: Calls, depth: int) -> None:
         self._ring = build_ring(depth)
         self._slots = np.zeros(2 * depth, np.int64)
-        self.words = np.zeros(native.QP_WORDS, np.int64)
-        self.words[native.QP // 8] = calls.qp
-        self.words[native.QP_POST // 8] = calls.post
-        self.words[native.QP_DEPTH // 8] = depth
-        self.words[native.QP_WRS // 8] = self._ring.ctypes.data
-        self.words[native.QP_SLOTS // 8] = self._slots.ctypes.data
+        self.words = np.zeros(rails.QP_WORDS, np.int64)
+        self.words[rails.QP // 8] = calls.qp
+        self.words[rails.QP_POST // 8] = calls.post
+        self.words[rails.QP_DEPTH // 8] = depth
+        self.words[rails.QP_WRS // 8] = self._ring.ctypes.data
+        self.words[rails.QP_SLOTS // 8] = self._slots.ctypes.data
 
 
 class RailBlock:
@@ -53,19 +53,19 @@ class RailBlock:
         """`local` and `remote` are the devices' indices in the rows of keys."""
         self._pairs = [QueuePairBlock(each, depth) for each in calls]
         self._addresses = np.array([pair.words.ctypes.data for pair in self._pairs], np.int64)
-        self.words = np.zeros(native.RAIL_WORDS, np.int64)
+        self.words = np.zeros(rails.RAIL_WORDS, np.int64)
         self.address = int(self.words.ctypes.data)
         for word, value in (
-            (native.RAIL_STATE, native.LIVE),
-            (native.RAIL_CQ, calls[0].cq),
-            (native.RAIL_POLL, calls[0].poll),
-            (native.RAIL_NOTIFY, calls[0].notify),
-            (native.RAIL_QPS, int(self._addresses.ctypes.data)),
-            (native.RAIL_QP_COUNT, len(calls)),
-            (native.LOCAL_KEY, 8 + 8 * local),
-            (native.REMOTE_KEY, 8 + 8 * remote),
-            (native.LOCAL_BIT, 1 << local),
-            (native.REMOTE_BIT, 1 << remote),
+            (rails.RAIL_STATE, rails.LIVE),
+            (rails.RAIL_CQ, calls[0].cq),
+            (rails.RAIL_POLL, calls[0].poll),
+            (rails.RAIL_NOTIFY, calls[0].notify),
+            (rails.RAIL_QPS, int(self._addresses.ctypes.data)),
+            (rails.RAIL_QP_COUNT, len(calls)),
+            (rails.LOCAL_KEY, 8 + 8 * local),
+            (rails.REMOTE_KEY, 8 + 8 * remote),
+            (rails.LOCAL_BIT, 1 << local),
+            (rails.REMOTE_BIT, 1 << remote),
         ):
             self.words[word // 8] = value
 
@@ -74,7 +74,7 @@ class RailBlock:
 
     @property
     def state(self) -> int:
-        return self.get(native.RAIL_STATE)
+        return self.get(rails.RAIL_STATE)
 
 
 class Rail(RailBlock):
@@ -87,24 +87,24 @@ class Rail(RailBlock):
 
     @property
     def flushing(self) -> bool:
-        return self.get(native.RAIL_FLUSHING) != 0
+        return self.get(rails.RAIL_FLUSHING) != 0
 
     @property
     def faulty(self) -> bool:
         """Whether what broke it is the path's fault."""
-        return self.get(native.RAIL_CAUSE) not in INNOCENT
+        return self.get(rails.RAIL_CAUSE) not in INNOCENT
 
     def flush(self, lane: int) -> None:
         """Post nothing more, have everything under way come back; any thread may call it."""
-        native.spoil(lane, self.address, layout.FLUSHED, 0)
+        rails.spoil(lane, self.address, layout.FLUSHED, 0)
         self.endpoint.to_error()
         if not self.flushing:
             self.flushed_at = time.monotonic()
-            self.words[native.RAIL_FLUSHING // 8] = 1
+            self.words[rails.RAIL_FLUSHING // 8] = 1
 
     def explain(self) -> str:
         """What broke it."""
-        cause, vendor = self.get(native.RAIL_CAUSE), self.get(native.RAIL_VENDOR)
+        cause, vendor = self.get(rails.RAIL_CAUSE), self.get(rails.RAIL_VENDOR)
         if cause == TIMED_OUT:
             text = "no completion and no error either"
         elif cause == layout.FLUSHED:
