@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,6 +175,15 @@ def test_down_cleans_up_after_a_killed_up(hosts: Hosts) -> None:
     hosts("down")
     wait_gone(holders, 10)
     hosts("up", "1", "none")
+
+
+def test_hosts_go_with_their_folder(hosts: Hosts) -> None:
+    """As when the checkout is deleted while they are up: nobody could name them any more."""
+    hosts("up", "2", "none")
+    holders = hosts.holders()
+    assert len(holders) == 3 and all(alive(pid) for pid in holders)
+    shutil.rmtree(STATE / hosts.name)
+    wait_gone(holders, 20)
 
 
 def test_mistakes_are_told(hosts: Hosts) -> None:
