@@ -284,6 +284,18 @@ def test_memory_registered_again_at_its_address(fabric: Fabric) -> None:
         link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
 
 
+def test_a_key_of_ours_that_the_device_refuses(fabric: Fabric) -> None:
+    """It is tried again a few times, as the paths are not at fault, and then refused."""
+    with pair("a", "b", rdma(retries=3)) as link:
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        spare = link.here.allocate(4096)
+        for key in [key for key, region in fabric.regions.items() if region.start == spare.ctypes.data]:
+            del fabric.regions[key]
+        with pytest.raises(AddressRejected):
+            link.here.write(spare, link.segment, link.theirs.ctypes.data)
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+
+
 def test_read_only_memory(fabric: Fabric) -> None:
     with pair("a", "b") as link:
         sealed = pattern(9, 5000).tobytes()
