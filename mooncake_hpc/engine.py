@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import threading
 import time
@@ -72,6 +73,7 @@ class TransferEngine:
         auto_discovery: bool = False,
     ) -> None:
         self._settings = settings or Settings.from_env()
+        self._pid = os.getpid()
         self._closers: list[Callable[[], None]] = []
         self._lock = threading.RLock()
         self._registrations: tuple[Registration, ...] = ()
@@ -341,7 +343,12 @@ class TransferEngine:
     # --- end ------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Withdraw from the metadata store, fail what is under way, end all threads. Idempotent; never raises."""
+        """Withdraw from the metadata store, fail what is under way, end all threads. Idempotent; never raises.
+
+        In a forked child nothing happens: connections, devices and keys are its parent's.
+        """
+        if os.getpid() != self._pid:
+            return
         with self._lock:
             closers, self._closers = self._closers[::-1], []
             self._closed = True

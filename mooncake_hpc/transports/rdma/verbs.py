@@ -17,6 +17,7 @@ import os
 import select
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +119,7 @@ class Device:
             self._context = Context(name=name)
             self._pd = PD(self._context)
             limits = self._context.query_device()
+        _handles.update({self._context, self._pd})
         self.max_region = int(limits.max_mr_size)
         self.max_depth = int(limits.max_qp_wr)
         self.max_completions = int(limits.max_cqe)
@@ -221,6 +223,7 @@ class CompletionQueue:
         with explained(f"RDMA device {device}: completion queue of {depth}"):
             self.channel = CompChannel(context)
             self.cq = CQ(context, depth, None, self.channel, 0)
+        _handles.update({self.channel, self.cq})
         self.fd = -1  # of the channel; -1: not known, so that there are no events
         channel = matching(self.channel, (layout.CHANNEL_CONTEXT, 8, context))
         if channel:
@@ -249,6 +252,7 @@ class QueuePair:
         init = QPInitAttr(qp_type=enums.IBV_QPT_RC, scq=queue.cq, rcq=queue.cq, cap=capacity, sq_sig_all=0)
         with explained(f"RDMA device {device.name}: queue pair of {depth} work requests"):
             self._qp = QP(pd, init)
+        _handles.add(self._qp)
         self.number = int(self._qp.qp_num)
         self._callbacks: Callbacks | None = None
         self._lock, self._closed = threading.Lock(), False
@@ -318,6 +322,16 @@ class QueuePair:
 
 
 pointers_work = True
+_handles: weakref.WeakSet[Any] = weakref.WeakSet()  # what closes itself when it is deleted
+
+
+def _keep_from_child() -> None:
+    """A forked child shares the device's file: no handle may be closed there, not even when the child ends."""
+    for handle in list(_handles):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(handle))
+
+
+os.register_at_fork(after_in_child=_keep_from_child)
 
 
 def peek(address: int, size: int) -> int:
