@@ -307,6 +307,36 @@ def test_read_only_memory(fabric: Fabric) -> None:
             link.here.write(link.ours[:5000], link.segment, address)
 
 
+@pytest.mark.parametrize(("here", "there"), [("tcp", "rdma"), ("rdma", "tcp")])
+def test_peers_of_another_protocol(fabric: Fabric, here: str, there: str) -> None:
+    """Each side says what the other speaks."""
+
+    def make(name: str, protocol: str) -> TransferEngine:
+        return TransferEngine(name, "memory://protocols", protocol=protocol, bind_address="127.0.0.1", device_name="a")
+
+    with make("there:1", there), make("here:1", here) as ours, pytest.raises(PeerLost, match=f"there:1.*{there}"):
+        ours.open_segment("there:1")
+
+
+@pytest.mark.parametrize("there", ["rdma", "tcp", "auto"])
+def test_auto_speaks_with_all(fabric: Fabric, there: str) -> None:
+    store = "memory://auto"
+    settings = rdma()
+    with (
+        TransferEngine("there:1", store, protocol=there, bind_address="127.0.0.1", device_name="b") as b,
+        TransferEngine(
+            "here:1", store, protocol="auto", bind_address="127.0.0.1", device_name="a", settings=settings
+        ) as a,
+    ):  # fmt: skip
+        theirs, ours = np.zeros(100_000, np.uint8), a.allocate(100_000)
+        b.register(theirs)
+        ours[:] = pattern(11, 100_000)
+        segment = a.open_segment("there:1")
+        a.write(ours, segment, int(theirs.ctypes.data))
+        assert (theirs == ours).all()
+        assert segment.transport == {"rdma": "rdma", "tcp": "tcp", "auto": "shm+rdma+tcp"}[there]
+
+
 def test_a_peer_that_was_replaced(fabric: Fabric) -> None:
     store = "memory://replaced"
     with engine(store, "here:1", "a") as here:

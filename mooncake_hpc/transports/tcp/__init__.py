@@ -40,7 +40,9 @@ class TcpTransport(Transport):
             tcp_proto_version=self._settings.tcp_proto,
         )
 
-    def connect(self, peer: Peer) -> TcpRoute:
+    def connect(self, peer: Peer) -> TcpRoute | None:
+        if peer.descriptor.devices and not peer.descriptor.tcp_data_port:
+            return None  # RDMA alone; the oldest originals publish no port for tcp either, but no device
         return TcpRoute(peer, self._settings)
 
     def fence(self, connection: str, timeout: float) -> bool:
