@@ -29,7 +29,8 @@ class Endpoint:
         self.nic, self.local_path, self.peer_path = nic, local_path, peer_path
         self._settings = settings
         self.gid = nic.gid
-        self.depth = 1 << (min(settings.max_wr, nic.device.max_depth).bit_length() - 1)
+        share = nic.device.max_completions // settings.queue_pairs  # each work request may complete with an error
+        self.depth = 1 << (min(settings.max_wr, nic.device.max_depth, max(1, share)).bit_length() - 1)
         self.queue = nic.device.queue(settings.queue_pairs * self.depth)
         self._pairs = []
         try:

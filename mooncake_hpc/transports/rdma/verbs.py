@@ -112,6 +112,8 @@ class Device:
     def __init__(self, name: str, port: int) -> None:
         """Raises DeviceError."""
         self.name, self._port = name, port
+        # whoever closes a queue pair or queue waits, with the GIL held, until its events are acknowledged
+        self.lock = threading.Lock()
         if fork.is_fork_initialized() == FORK_DISABLED:
             with contextlib.suppress(PyverbsError):  # too late: regions of somebody else's exist already
                 fork.fork_init()
@@ -147,7 +149,7 @@ class Device:
 
     def queue(self, depth: int) -> CompletionQueue:
         """Raises DeviceError."""
-        return CompletionQueue(self._context, self.name, min(depth, self.max_completions))
+        return CompletionQueue(self, self._context, min(depth, self.max_completions))
 
     def queue_pair(self, queue: CompletionQueue, depth: int) -> QueuePair:
         """Raises DeviceError."""
@@ -165,12 +167,13 @@ class Device:
         poller.register(fd, select.POLLIN)
         poller.register(wake, select.POLLIN)
         while not any(ready == wake for ready, _ in poller.poll()):
-            try:
-                event = self._context.get_async_event()
-            except PyverbsError:
-                continue
-            kind = int(event.event_type)
-            event.ack()
+            with self.lock:
+                try:
+                    event = self._context.get_async_event()
+                except PyverbsError:
+                    continue
+                kind = int(event.event_type)
+                event.ack()
             yield kind
 
     def close(self) -> None:
@@ -218,9 +221,9 @@ def _libibverbs() -> ctypes.CDLL:
 class CompletionQueue:
     """A completion queue and its event channel."""
 
-    def __init__(self, context: Context, device: str, depth: int) -> None:
-        self.device = device
-        with explained(f"RDMA device {device}: completion queue of {depth}"):
+    def __init__(self, device: Device, context: Context, depth: int) -> None:
+        self._device = device
+        with explained(f"RDMA device {device.name}: completion queue of {depth}"):
             self.channel = CompChannel(context)
             self.cq = CQ(context, depth, None, self.channel, 0)
         _handles.update({self.channel, self.cq})
@@ -237,7 +240,7 @@ class CompletionQueue:
                 self.channel.get_cq_event(self.cq)
 
     def close(self) -> None:
-        with explained(f"RDMA device {self.device}: closing a completion queue"):
+        with self._device.lock, explained(f"RDMA device {self._device.name}: closing a completion queue"):
             self.cq.close()
             self.channel.close()
 
@@ -316,7 +319,8 @@ class QueuePair:
         return Calls(0, self._callbacks.post, 0, self._callbacks.poll, self._callbacks.notify)
 
     def close(self) -> None:
-        with self._lock, explained(f"RDMA device {self._device.name}: closing queue pair {self.number}"):
+        what = f"RDMA device {self._device.name}: closing queue pair {self.number}"
+        with self._lock, self._device.lock, explained(what):
             self._closed = True
             self._qp.close()
 
