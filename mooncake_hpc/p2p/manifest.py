@@ -10,7 +10,7 @@ import base64
 import json
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mooncake_hpc.errors import ConfigError, MetadataError
@@ -35,7 +35,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """`sizes` are the buffers' in bytes; `digests` are those of the shards, one after the other."""
+    """`sizes` are the buffers' in bytes; `digests` are those of the shards, one after the other.
+
+    `size` is the whole object's in bytes; `shards` their number, 0 for an object of 0 bytes.
+    """
 
     name: str
     version: str
@@ -45,16 +48,13 @@ class Manifest:
     digests: bytes
     kind: str = BUFFERS
     parts: tuple[Part, ...] = ()
+    size: int = field(init=False)
+    shards: int = field(init=False)
 
-    @property
-    def size(self) -> int:
-        """Bytes of the whole object."""
-        return sum(self.sizes)
-
-    @property
-    def shards(self) -> int:
-        """Number of shards; 0 for an object of 0 bytes."""
-        return -(-self.size // self.shard_size)
+    def __post_init__(self) -> None:
+        size = sum(self.sizes)
+        object.__setattr__(self, "size", size)
+        object.__setattr__(self, "shards", -(-size // self.shard_size) if self.shard_size > 0 else 0)
 
     def span(self, shard: int) -> tuple[int, int]:
         """First byte of a shard in the object, and the one behind its last."""
@@ -62,7 +62,7 @@ class Manifest:
         return begin, min(begin + self.shard_size, self.size)
 
     def digest(self, shard: int) -> bytes:
-        length = digest_size(self.algorithm)
+        length = len(self.digests) // self.shards
         return self.digests[shard * length : (shard + 1) * length]
 
     def same_content(self, other: Manifest) -> bool:

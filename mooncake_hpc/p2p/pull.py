@@ -120,8 +120,6 @@ class Pull:
             self._holders[holder.segment] = holder
             self._names[source_id(holder.segment)] = holder.segment
             self.swarm.see(View(holder.segment, holder.host, have, fetching))
-            if holder.segment != self._engine.name and not self._ending:
-                self._worker(holder.segment)
             self._wake()
 
     def news(self, holder: Holder, have: Bits, claims: list[tuple[int, int]]) -> float | None:
@@ -212,6 +210,10 @@ class Pull:
 
     def _hand_out(self, now: float) -> None:
         swarm = self.swarm
+        if swarm.needs_news:
+            for name, holder in self._holders.items():
+                if holder.board is not None and name not in self._workers:
+                    self._worker(name)
         for name in sorted(swarm.sources, key=swarm.load):
             source = swarm.sources[name]
             if source.begun or name not in self._holders:
@@ -307,9 +309,9 @@ class Pull:
         known = self.swarm.sources.get(source)
         return known.ahead if known is not None else 0
 
-    def arrived(self, source: str, nbytes: int, rate: float) -> None:
+    def arrived(self, source: str, nbytes: int) -> None:
         with self.lock:
-            self.swarm.received(source, nbytes, rate, time.monotonic())
+            self.swarm.received(source, nbytes, time.monotonic())
 
     def complete(self, source: str, job: Job) -> None:
         if job.hasher.digest() != self._manifest.digest(job.shard):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PIECE = 512 << 10  # bytes
+PIECE = (128 << 10, 1 << 20)  # bytes, at least and at most: half of what is asked of a source in advance
 LOOK = 0.05  # seconds between two looks at whether a shard is still wanted
 REST = (0.25, 8.0)  # seconds after a failure until the board is looked at again: at first, and at most
 SILENCE = (3.0, 30.0)  # seconds without a byte after which a source counts as gone: at first, and at most
@@ -78,7 +78,7 @@ class Listener(Protocol):
 
     def window(self, source: str) -> int: ...
 
-    def arrived(self, source: str, nbytes: int, rate: float) -> None: ...
+    def arrived(self, source: str, nbytes: int) -> None: ...
 
     def complete(self, source: str, job: Job) -> None: ...
 
@@ -113,6 +113,7 @@ class Worker:
         self._jobs: deque[Job] = deque()
         self._pieces: deque[_Piece] = deque()
         self._bytes = 0  # under way
+        self._piece = PIECE[0]
         self._stopping = False
         self._silence = SILENCE[0]
         self._heard = 0.0  # when the last piece came
@@ -229,6 +230,7 @@ class Worker:
 
     def _ask(self, segment: Segment) -> None:
         window = self._listener.window(self.holder.segment)
+        self._piece = min(PIECE[1], max(PIECE[0], window // 2))
         while self._bytes < window or not self._pieces:
             job = next((job for job in self._jobs if job.asked < job.end), None) or self._more()
             if job is None:
@@ -242,7 +244,7 @@ class Worker:
         return job
 
     def _submit(self, job: Job, segment: Segment) -> None:
-        begin, end = job.asked, min(job.asked + PIECE, job.end)
+        begin, end = job.asked, min(job.asked + self._piece, job.end)
         pairs = pair(job.target, self._remote, begin, end)
         requests = np.empty(len(pairs), REQUEST)
         requests["opcode"], requests["target_id"] = READ, segment.id
@@ -261,14 +263,14 @@ class Worker:
         if (error := piece.batch.error) is not None:
             raise error
         self._pieces.popleft()
-        job, nbytes, now = piece.job, piece.end - piece.begin, time.monotonic()
-        took, self._heard = now - max(piece.since, self._heard), now
+        job, nbytes = piece.job, piece.end - piece.begin
+        self._heard = time.monotonic()
         self._bytes -= nbytes
         self._silence = SILENCE[0]
         for view in job.target.views(piece.begin, piece.end):
             job.hasher.update(view)
         job.hashed = piece.end
-        self._listener.arrived(self.holder.segment, nbytes, nbytes / max(took, 1e-6))
+        self._listener.arrived(self.holder.segment, nbytes)
         if job.hashed == job.end:
             self._jobs.remove(job)
             job.ended.set()

@@ -38,6 +38,7 @@ SLOTS = 3  # readers that a source beyond the wire serves at a time, where there
 FIRST = 3  # readers that begin together: the others have something from these sooner than from the first holder
 NEWS = 0.06  # seconds until a reader's news are everywhere
 REST = (0.25, 8.0)  # seconds that a source which failed is left alone: at first, and at most
+SPAN = (0.005, 0.1)  # seconds over which a source's rate is measured: at first, since bytes come in bursts, and later
 HORIZON = 0.02  # seconds of a source's rate that are asked of it in advance
 AHEAD = (256 << 10, 8 << 20)  # bytes, at least and at most, asked of a source in advance
 SLOW = 3.0  # a shard is raced when its source is so many times slower than another one
@@ -71,6 +72,8 @@ class Source:
     backlog: int = 0  # bytes asked of it and not yet here
     begun: dict[int, float] = field(default_factory=dict)  # shards under way: when asked for
     heard: float = 0.0  # when the last bytes came
+    mark: float = 0.0  # since when `amount` bytes have come
+    amount: int = 0
     refused: set[int] = field(default_factory=set)  # shards that it does not really have
     failures: int = 0
     resting_until: float = 0.0
@@ -151,6 +154,11 @@ class Swarm:
         return self._loads[name]
 
     # --- decisions ------------------------------------------------------------------------------------------
+
+    @property
+    def needs_news(self) -> bool:
+        """Whether it matters what others are fetching: not where all can be copied from a process of this host."""
+        return not any(source.local and source.view.have.all() for source in self.sources.values())
 
     @property
     def done(self) -> bool:
@@ -293,19 +301,25 @@ class Swarm:
         """The shard is asked of the source."""
         source = self.sources[name]
         if not source.backlog:
-            source.heard = now
+            source.heard = source.mark = now
+            source.amount = 0
         source.begun[shard] = now
         source.backlog += int(self.sizes[shard])
         self.under_way[shard] += 1
         self.busy += 1
         self._open[shard] = False
 
-    def received(self, name: str, nbytes: int, rate: float, now: float) -> None:
-        """Some of what was asked of the source has come, at present at `rate` bytes a second."""
+    def received(self, name: str, nbytes: int, now: float) -> None:
+        """Some of what was asked of the source has come."""
         source = self.sources[name]
         source.backlog -= nbytes
         source.heard = now
-        source.rate = rate if not source.rate else 0.7 * source.rate + 0.3 * rate
+        source.amount += nbytes
+        span = now - source.mark
+        if span >= (SPAN[1] if source.rate else SPAN[0]):
+            rate = source.amount / span
+            source.rate = (source.rate + rate) / 2 if source.rate else rate
+            source.mark, source.amount = now, 0
 
     def verified(self, name: str, shard: int) -> bool:
         """The shard has come whole and right. Whether it was missing."""

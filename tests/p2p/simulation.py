@@ -147,7 +147,7 @@ class Simulation:
     def _complete(self, flow: Flow) -> None:
         self.flows.remove(flow)
         swarm, name = self.swarms[flow.reader], self.name(flow.source)
-        swarm.received(name, SHARD, flow.rate * SHARD / self.unit, self.now * self.unit)
+        swarm.received(name, SHARD, self.now * self.unit)
         swarm.verified(name, flow.shard)
         self.sent[flow.source] += 1
         if not swarm.sources[name].local:

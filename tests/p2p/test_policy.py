@@ -85,7 +85,7 @@ def test_wrong_bytes_are_not_asked_for_again() -> None:
     made = swarm(2, a=View("a", "x", bits(0, of=2)))
     assert made.choose("a", 0.0) == 0
     made.begin("a", 0, 0.0)
-    made.received("a", SHARD, 1e6, 1.0)
+    made.received("a", SHARD, 1.0)
     made.wrong("a", 0)
     assert made.choose("a", 100.0) is None
     assert made.sources["a"].backlog == 0 and not made.done
@@ -115,7 +115,7 @@ def test_a_stuck_source_is_raced() -> None:
     made.begin("b", 0, 3 * STUCK)
     made.see(View("c", "z", bits(0, of=1)))
     assert made.choose("c", 9 * STUCK) is None, "two are enough"
-    made.received("b", SHARD, 1e6, 4 * STUCK)
+    made.received("b", SHARD, 4 * STUCK)
     assert made.verified("b", 0) and made.done
     made.given_up("a", 0, SHARD)
     assert made.fetching() == {}
