@@ -260,10 +260,14 @@ class Swarm:
         return now - self._idle_since >= PATIENCE
 
     def _others_will_do(self, source: Source, load: int, now: float) -> bool:
-        """Whether a less loaded source has something for us."""
+        """Whether a less loaded source gives us something."""
         missing = self._open & (self._here == 0)
+        reserved = bool((~self.have & (self._copies == 0)).any())  # those who hold all give only that
         return any(
-            self.load(name) < load and now >= other.resting_until and (missing & other.view.have).any()
+            self.load(name) < load
+            and now >= other.resting_until
+            and not (reserved and other.view.have.all())
+            and (missing & other.view.have).any()
             for name, other in self.sources.items()
             if other is not source
         )
