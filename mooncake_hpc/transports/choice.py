@@ -47,12 +47,6 @@ def engine_options(protocol: str, device_name: str, nic_priority_matrix: str, au
     """The arguments of TransferEngine that say what carries the bytes; those of RDMA only where it may."""
     if protocol in ("tcp", "shm"):
         return {"protocol": protocol}
-    from mooncake_hpc.transports import registry
-
-    if "rdma" not in registry.PROTOCOLS:
-        if protocol == "rdma":
-            raise ConfigError("the RDMA transport is not part of this version; say --protocol=tcp for TCP")
-        return {"protocol": protocol}
     names = {"device_name": device_name, "nic_priority_matrix": nic_priority_matrix}
     return {"protocol": protocol, **names, "auto_discovery": auto_discovery}
 

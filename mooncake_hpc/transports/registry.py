@@ -9,8 +9,7 @@ from mooncake_hpc import topology
 from mooncake_hpc.errors import ConfigError
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.transports.base import Transport
-
-PROTOCOLS = ("rdma", "tcp", "shm", "auto")
+from mooncake_hpc.transports.choice import PROTOCOLS
 
 
 @dataclass(frozen=True, slots=True)

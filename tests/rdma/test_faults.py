@@ -20,7 +20,7 @@ from conftest import clean_env
 from mooncake_hpc import READ, WRITE, TransferEngine
 from mooncake_hpc.control.client import exchange
 from mooncake_hpc.control.frames import Kind
-from mooncake_hpc.errors import ConfigError, MooncakeError, PeerLost, TransferError
+from mooncake_hpc.errors import ConfigError, DeviceError, MooncakeError, PeerLost, TransferError
 from mooncake_hpc.metadata.store import open_store
 from mooncake_hpc.settings import RdmaSettings, Settings
 from mooncake_hpc.testing.peer import PeerError, PeerProcess, digest, pattern
@@ -72,7 +72,7 @@ def test_a_port_that_is_down(rxe: list[str]) -> None:
     subprocess.run(["ip", "link", "set", f"rocep{last[3:]}", "down"], check=True)
     try:
         deadline = time.monotonic() + 10
-        with pytest.raises(ConfigError, match=f"{last}.*port"):
+        with pytest.raises(DeviceError, match=f"{last} port 1: the port is down"):
             while time.monotonic() < deadline:
                 engine(device_name=last).close()
     finally:
