@@ -19,7 +19,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO, Self
 
-START_TIMEOUT = 180.0  # seconds; emulated and with other work beside it, it takes half a minute
+START_TIMEOUT = 280.0  # seconds; emulated and with other work beside it, it takes half a minute
 FORK_TIMEOUT = 30.0
 LONGEST = 1 << 20  # bytes of a request
 

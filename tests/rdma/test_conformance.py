@@ -14,7 +14,7 @@ from mooncake_hpc.testing.transports import TransportConformance
 REGION = 9 << 20  # bytes of one memory region at most: what a large registration is split into
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)  # the first test waits for the nursery of peers
 @pytest.mark.usefixtures("forked_peers")
 class TestRdma(TransportConformance):
     protocol = "rdma"

@@ -26,7 +26,7 @@ from mooncake_hpc.settings import RdmaSettings, Settings
 from mooncake_hpc.testing.peer import PeerError, PeerProcess, digest, pattern
 from mooncake_hpc.testing.transports import Link, linked, requests
 
-pytestmark = [pytest.mark.timeout(150), pytest.mark.usefixtures("forked_peers")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("forked_peers")]
 
 HOST = "127.0.0.1"
 P2P = "P2PHANDSHAKE"
