@@ -29,6 +29,12 @@ def clean_env(**extra: str) -> dict[str, str]:
     return {**kept, "PYTHONUNBUFFERED": "1", **extra}
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """In the guest, where time may run out for all, failures are told as they come."""
+    if RDMA_WAY and report.failed:
+        print(f"\n{report.nodeid} failed ({report.when}, {report.duration:.1f} s):\n{report.longreprtext[-3000:]}")
+
+
 @pytest.fixture(scope="session")
 def mpirun() -> str:
     """The launcher that belongs to this interpreter's MPI library; its absence fails the test."""
