@@ -7,8 +7,8 @@ from whom. The rules:
    pulled by the one process whose turn it is.
 2. *What no reader has leaves the first holder once.* Such shards leave in their order, a few at a time, and the readers
    take turns in an order that all of them compute alike: readers which start together share the object among themselves
-   without a word. A turn that is not taken for long passes to the next one. As long as there are such shards, those who
-   hold all give nothing else: their links carry what only they can give.
+   without a word. A turn that is not taken for long passes to the next one. Until all of them
+   have been begun, those who hold all give nothing else: their links carry what only they can give.
 3. *Rarest first* among what several have.
 4. *Least loaded source*: a source that serves `SLOTS` readers already is left to them as long as another one, less
    loaded, has something for us. The first holder is a source like any other.
@@ -34,8 +34,9 @@ Bits = npt.NDArray[np.bool_]
 Shards = npt.NDArray[np.int64]
 
 WIDTH = 8  # sources beyond the wire that one reader uses at a time
+SPREAD = 2.0  # holders by which a reader departs from rarest first, lest all ask for the same shard at once
 SLOTS = 3  # readers that a source beyond the wire serves at a time, where there is a choice
-FIRST = 3  # readers that begin together: the others have something from these sooner than from the first holder
+FIRST = 4  # readers that begin together: the others have something from these sooner than from the first holder
 NEWS = 0.06  # seconds until a reader's news are everywhere
 REST = (0.25, 8.0)  # seconds that a source which failed is left alone: at first, and at most
 SPAN = (0.005, 0.1)  # seconds over which a source's rate is measured: at first, since bytes come in bursts, and later
@@ -43,7 +44,7 @@ HORIZON = 0.02  # seconds of a source's rate that are asked of it in advance
 AHEAD = (256 << 10, 8 << 20)  # bytes, at least and at most, asked of a source in advance
 SLOW = 3.0  # a shard is raced when its source is so many times slower than another one
 STUCK = 1.0  # seconds without a byte after which a source counts as slow
-PATIENCE = 0.5  # seconds after which a turn passes on, and a reader with nothing to do takes what it can get
+PATIENCE = 1.0  # seconds after which a turn passes on, and a reader with nothing to do takes what it can get
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +195,7 @@ class Swarm:
         bored = self._bored(now)
         if fresh.any():
             shard = self._first_copy(source, np.flatnonzero(fresh), open_, now)
-            if shard is not None or not bored:
+            if shard is not None or (self._reserved() and not bored):
                 return shard
         if not source.begun and self._width() >= WIDTH:
             return None
@@ -217,6 +218,10 @@ class Swarm:
                 break
         return None
 
+    def _reserved(self) -> bool:
+        """Whether those who hold all give nothing else than what no reader has: until all of that has been begun."""
+        return bool((~self.have & (self._copies == 0) & (self._coming == 0) & (self.under_way == 0)).any())
+
     def _window(self, source: Source) -> int:
         """Shards that may be leaving for the first time at once: few until readers have something to give to others,
         so that the first shards come soon; more where many leave in the time that news take."""
@@ -238,7 +243,7 @@ class Swarm:
         shards = np.flatnonzero(open_)
         if len(shards) == 0:
             return None
-        return int(shards[np.argmin(self._holders[shards] + self._coming[shards] - self._claim[shards])])
+        return int(shards[np.argmin(self._holders[shards] + self._coming[shards] - SPREAD * self._claim[shards])])
 
     def _width(self) -> int:
         return sum(1 for other in self.sources.values() if other.begun and not other.local)
@@ -262,7 +267,7 @@ class Swarm:
     def _others_will_do(self, source: Source, load: int, now: float) -> bool:
         """Whether a less loaded source gives us something."""
         missing = self._open & (self._here == 0)
-        reserved = bool((~self.have & (self._copies == 0)).any())  # those who hold all give only that
+        reserved = self._reserved()
         return any(
             self.load(name) < load
             and now >= other.resting_until
