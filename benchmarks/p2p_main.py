@@ -14,6 +14,7 @@ from contenders import Failed, Stage
 from load import Watch, calm
 from p2p_cases import LINKS, MIB, NEEDS, Links, Round, bench_tcp, one_reader_tcp, readers_of_one_host
 from p2p_hosts import Fleet, Hosts
+from p2p_metadata import measure
 from p2p_report import Results
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -57,6 +58,16 @@ def unlimited(options: argparse.Namespace, results: Results, tell: Tell) -> None
             tell(f"round {number + 1} of {options.rounds}: {told}")
 
 
+def metadata(options: argparse.Namespace, results: Results, tell: Tell) -> None:
+    """1 TiB of 64 MiB shards."""
+    for holders in (8, 64):
+        results.metadata.append(measure(1 << 40, 64 * MIB, holders, options.metadata_seconds))
+        tell(f"metadata, {holders} holders: {results.metadata[-1].writes:.1f} writes a second")
+
+
+PARTS = {"limited": limited, "unlimited": unlimited, "metadata": metadata}
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="benchmarks/p2p",
@@ -70,7 +81,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=64, help="MiB of the object over limited links [%(default)s]")
     parser.add_argument("--shard", type=int, default=1, help="MiB of its shards [%(default)s]")
     parser.add_argument("--large", type=int, default=512, help="MiB of the object without limits [%(default)s]")
-    parser.add_argument("--part", choices=("all", "limited", "unlimited"), default="all")
+    parser.add_argument("--part", choices=("all", *PARTS), default="all", help="[%(default)s]")
+    parser.add_argument("--metadata-seconds", type=float, default=10.0, help="of announcements [%(default)s]")
     calm_help = "before each round wait at most this long for others to leave the machine alone"
     parser.add_argument("--calm", type=float, default=0.0, metavar="SECONDS", help=calm_help)
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="[benchmarks/results]")
@@ -90,10 +102,9 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{time.monotonic() - begin:6.1f} {text}", file=sys.stderr, flush=True)
 
     try:
-        if options.part != "unlimited":
-            limited(options, results, tell)
-        if options.part != "limited":
-            unlimited(options, results, tell)
+        for name, part in PARTS.items():
+            if options.part in ("all", name):
+                part(options, results, tell)
     except Failed as error:
         results.failure = str(error)
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from p2p_cases import LINK_GOALS, LINKS, Goal, Round, bound
+from p2p_metadata import Metadata
 from report import mark, spread, table
 
 from mooncake_hpc.bench.report import machine
@@ -31,6 +32,7 @@ class Results:
     options: dict[str, Any]
     links: list[Round] = field(default_factory=list)
     host: list[Round] = field(default_factory=list)
+    metadata: list[Metadata] = field(default_factory=list)
     others: list[float] = field(default_factory=list)
     failure: str = ""
     began: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S%z"))
@@ -43,6 +45,7 @@ class Results:
             "schema": SCHEMA, "began": self.began, "seconds": self.seconds, "machine": machine(),
             "options": self.options, "others_cores": self.others, "failure": self.failure,
             "links": [_as_dict(seen) for seen in self.links], "host": [_as_dict(seen) for seen in self.host],
+            "metadata": [one.as_dict() for one in self.metadata],
             "goals": [
                 {"what": goal.what, "limit": goal.limit, "at_least": goal.at_least, "rounds": values,
                  "met": goal.met(median(values))}
@@ -86,6 +89,8 @@ class Results:
             lines += ["", *self._samples(self.links, [name for name in LINKS if name in self.links[0]])]
         if self.host:
             lines += ["", *self._samples(self.host, list(self.host[0]))]
+        if self.metadata:
+            lines += ["", "1 TiB in shards of 64 MiB (sizes simulated, a real etcd):", "", *_metadata(self.metadata)]
         if self.failure:
             lines += ["", f"FAILED: {self.failure}"]
         return "\n".join(lines) + "\n"
@@ -109,6 +114,16 @@ class Results:
             ])  # fmt: skip
         head = ["sample", "seconds", "MB/s, all receivers", "CPU s", "objects from the first holder", "efficiency"]
         return table(head, rows)
+
+
+def _metadata(measured: Sequence[Metadata]) -> list[str]:
+    rows = [
+        [str(one.holders), str(one.shards), f"{one.manifest:,}", f"{one.record:,}", f"{one.board:,}", f"{one.limit:,}",
+         f"{one.writes:.0f}", f"{one.events:.0f}"]
+        for one in measured
+    ]  # fmt: skip
+    head = ["holders", "shards", "manifest, bytes", "largest record, bytes", "board, bytes", "etcd's limit, bytes"]
+    return table([*head, "etcd writes a second", "events a second, all watches"], rows)
 
 
 def _as_dict(seen: Round) -> dict[str, Any]:
