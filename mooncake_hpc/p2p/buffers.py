@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +65,15 @@ def as_bytes(buffer: Any, write: bool = False) -> Bytes:
     if write and not array.flags.writeable:
         raise SizeMismatch("a buffer to receive an object is read-only")
     return array.reshape(-1).view(np.uint8) if array.nbytes else np.zeros(0, np.uint8)
+
+
+def as_range(given: Any, name: str) -> tuple[int, int]:
+    """Begin and end of a byte range. Raises SizeMismatch for what is none."""
+    try:
+        begin, end = given
+        return operator.index(begin), operator.index(end)
+    except (TypeError, ValueError) as error:
+        raise SizeMismatch(f"object {name!r}: a byte range is two integers, not {given!r}") from error
 
 
 def some(sizes: Sequence[int]) -> str:

@@ -38,7 +38,10 @@ def register_path(
     be read, and as `P2PStore.register`."""
     root = Path(path)
     files = _files(root)
-    sizes = [os.stat(file).st_size for file in files]
+    try:
+        sizes = [os.stat(file).st_size for file in files]
+    except OSError as error:
+        raise P2PError(f"{error.filename} cannot be read: {error}") from error
     whole = store.allocate(sum(sizes)) if sum(sizes) else np.zeros(0, np.uint8)
     buffers = np.split(whole, np.cumsum(sizes)[:-1]) if files else []
     try:
@@ -114,13 +117,21 @@ def fetch_path(
             on_shard=lambda _manifest, shard: target.write(shard),
         )
         if replica.manifest.algorithm == UNVERIFIED:  # the original's: all of it is here, nothing written yet
-            target.open(replica.manifest, replica.arrays, stop)
+            try:
+                target.open(replica.manifest, replica.arrays, stop)
+            except BaseException:
+                store.delete_replica(name)
+                raise
             for shard in range(replica.manifest.shards):
                 target.write(shard)
     except BaseException:
         target.abandon()
         raise
-    target.finish()
+    try:
+        target.finish()
+    except BaseException:
+        store.delete_replica(name)
+        raise
     return replica
 
 
@@ -244,8 +255,8 @@ class _Target:
 
     def finish(self) -> None:
         """Flush everything to disk and move it into place. Raises P2PError."""
-        self._end_writing()
         try:
+            self._end_writing()
             for slot in self._slots:
                 os.fsync(slot.fd)
             for folder in sorted({slot.path.parent for slot in self._slots}, reverse=True):

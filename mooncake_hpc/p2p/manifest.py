@@ -130,6 +130,8 @@ def choose_shard_size(size: int) -> int:
 
 def check_name(name: str) -> None:
     """Raise ConfigError unless this can be an object's name: any text but the empty one, up to 512 bytes."""
+    if not isinstance(name, str):
+        raise ConfigError(f"an object's name is a text, not {name!r}")
     length = len(name.encode("utf-8", "surrogatepass"))
     if not 0 < length <= LONGEST_NAME:
         raise ConfigError(f"object name {name[:40]!r}… has {length} bytes: 1 to {LONGEST_NAME} are possible")

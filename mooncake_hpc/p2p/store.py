@@ -35,7 +35,7 @@ from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.metadata.store import open_store
 from mooncake_hpc.metadata.watch import Changes, Watch
 from mooncake_hpc.p2p.board import Board, MemoryPool, board_size
-from mooncake_hpc.p2p.buffers import as_bytes, digest_all, some, take_apart
+from mooncake_hpc.p2p.buffers import as_bytes, as_range, digest_all, some, take_apart
 from mooncake_hpc.p2p.catalogue import CURRENT, Announcer, Catalogue, Holder, ObjectInfo, version_of
 from mooncake_hpc.p2p.digests import DEFAULT
 from mooncake_hpc.p2p.layout import Memory
@@ -161,9 +161,9 @@ class P2PStore:
         buffers, found_kind, found_parts = take_apart(data)
         arrays = [as_bytes(buffer) for buffer in buffers]
         sizes = tuple(array.nbytes for array in arrays)
-        if shard_size < 0:
-            raise ConfigError(f"shard_size {shard_size} is below 0")
-        shard = shard_size or choose_shard_size(sum(sizes))
+        if not isinstance(shard_size, int | np.integer) or shard_size < 0:
+            raise ConfigError(f"shard_size {shard_size!r} is no number of bytes")
+        shard = int(shard_size) or choose_shard_size(sum(sizes))
         digests = digest_all(Memory(arrays), shard, algorithm)
         manifest = Manifest(
             name, new_version(), sizes, shard, algorithm, digests, kind or found_kind, tuple(parts) or found_parts
@@ -252,6 +252,8 @@ class P2PStore:
         check_name(name)
         deadline = None if timeout is None else time.monotonic() + timeout
         manifest = self._await(name, wait, deadline, cancel)
+        if byte_range is not None:
+            byte_range = as_range(byte_range, name)
         if isinstance(manifest, Checkpoint):
             return self._get_original(manifest, out, byte_range, deadline, cancel, progress)
         if byte_range is not None:

@@ -1,0 +1,130 @@
+"""Odd input: each a clear, typed error or the right result, and nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_store import SHARD, Open, content, opener  # noqa: F401 - a fixture
+
+from mooncake_hpc.errors import ConfigError, P2PError, RegistrationError, SizeMismatch
+from mooncake_hpc.p2p import files
+from mooncake_hpc.p2p.files import fetch_path, register_path
+
+OBJECTS = np.array([object()])
+STRIDED = np.zeros((10, 10), np.uint8)[:, ::2]
+
+
+@pytest.mark.parametrize("data", [5, None, object(), OBJECTS, STRIDED, [np.zeros(5), "text"], {"a": [1, 2]}, "text"])
+def test_what_is_no_memory_is_refused(opener: Open, data: Any) -> None:  # noqa: F811
+    store = opener()
+    with pytest.raises(RegistrationError):
+        store.register("o", data)
+    assert store.list() == []
+    store.register("o", content(10))
+
+
+@pytest.mark.parametrize("name", ["", None, 7, b"x", "x" * 513])
+def test_what_is_no_name_is_refused(opener: Open, name: Any) -> None:  # noqa: F811
+    store = opener()
+    with pytest.raises(ConfigError):
+        store.register(name, content(10))
+    with pytest.raises(ConfigError):
+        store.get_replica(name)
+
+
+@pytest.mark.parametrize(
+    "options", [{"shard_size": -1}, {"shard_size": 1.5}, {"algorithm": "md4"}, {"shard_size": "a"}]
+)
+def test_options_that_cannot_be(opener: Open, options: Any) -> None:  # noqa: F811
+    store = opener()
+    with pytest.raises(ConfigError):
+        store.register("o", content(10), **options)
+
+
+@pytest.mark.parametrize("byte_range", [(5, 4), (-1, 2), (0, 11), (1,), (0.5, 2), "ab"])
+def test_ranges_that_cannot_be(opener: Open, byte_range: Any) -> None:  # noqa: F811
+    trainer, reader = opener(), opener()
+    trainer.register("o", content(10))
+    with pytest.raises(SizeMismatch):
+        reader.get_replica("o", byte_range=byte_range, timeout=30)
+
+
+def test_tensors_of_no_size(opener: Open) -> None:  # noqa: F811
+    trainer, reader = opener(), opener()
+    state = {"none": np.zeros((0, 5), np.float32), "some": np.arange(7, dtype=np.int16), "scalar": np.array(3.5)}
+    trainer.register("state", state)
+    tensors = reader.get_replica("state", timeout=60).tensors()
+    for name, tensor in state.items():
+        assert tensors[name].shape == tensor.shape and np.array_equal(tensors[name], tensor), name
+    nothing = {"a": np.zeros(0), "b": np.zeros((3, 0), np.int8)}
+    trainer.register("nothing", nothing)
+    assert {k: v.shape for k, v in reader.get_replica("nothing", timeout=60).tensors().items()} == {
+        "a": (0,),
+        "b": (3, 0),
+    }
+    trainer.register("no tensor", {})
+    assert reader.get_replica("no tensor", timeout=60).tensors() == {}
+    trainer.register("no buffer", [])
+    assert reader.get_replica("no buffer", timeout=60).arrays == []
+
+
+def test_files_that_vanish_or_shrink(opener: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    trainer, reader = opener(), opener()
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(content(3 * SHARD).tobytes())
+    found = files._files
+
+    def then(spoil: Any) -> None:
+        monkeypatch.setattr(files, "_files", lambda root: [found(root), spoil()][0])
+
+    then(lambda: (tmp_path / "a").unlink())
+    with pytest.raises(P2PError, match="/a"):
+        register_path(trainer, "folder", str(tmp_path))
+    stat = os.stat
+    monkeypatch.undo()
+
+    def larger(path: Any, **options: Any) -> os.stat_result:
+        real = stat(path, **options)
+        return os.stat_result([*real[:6], real.st_size + 5, *real[7:]]) if str(path).endswith("/b") else real
+
+    monkeypatch.setattr(os, "stat", larger)
+    with pytest.raises(P2PError, match="shorter"):
+        register_path(trainer, "b", str(tmp_path / "b"))
+    monkeypatch.undo()
+    assert trainer.list() == []
+    register_path(trainer, "b", str(tmp_path / "b"))
+    (tmp_path / "b").write_bytes(b"")  # what is served is a copy
+    fetch_path(reader, "b", str(tmp_path / "out"), timeout=60)
+    assert (tmp_path / "out").read_bytes() == content(3 * SHARD).tobytes()
+
+
+def test_no_room_on_disk(opener: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """A small file system: full from the start, and full in the middle for one that allocates nothing in advance."""
+    if os.geteuid():
+        pytest.skip("hardware: needs root to mount a small file system")
+    trainer, reader = opener(), opener()
+    data = content(40 * SHARD)
+    trainer.register("o", data, shard_size=SHARD)
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], check=True)
+    try:
+        with pytest.raises(P2PError, match=f"no room for {data.nbytes} bytes"):
+            fetch_path(reader, "o", str(small / "out"), timeout=60)
+        monkeypatch.setattr(os, "posix_fallocate", lambda fd, at, length: os.ftruncate(fd, at + length))
+        with pytest.raises(P2PError, match=os.strerror(errno.ENOSPC)):
+            fetch_path(reader, "o", str(small / "out"), timeout=60)
+        assert not (small / "out").exists()
+        assert reader.list()[0].holders.keys() == {trainer.name}
+        for left in small.iterdir():
+            left.unlink()
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    fetch_path(reader, "o", str(tmp_path / "out"), timeout=60)
+    assert (tmp_path / "out").read_bytes() == data.tobytes()
