@@ -76,11 +76,11 @@ class Original(Ours):
 
 
 class Lane(Contender):
-    """rdma_lane.py: our lane's loop without the bench."""
+    """rdma_lane.py: our lane's loop without the bench, as many requests under way as the load's batch has."""
 
     def measure(self, load: Load, seconds: float) -> Sample:
         program = Path(__file__).with_name("rdma_lane.py")
-        command = [sys.executable, str(program), load.operation, str(load.block), str(seconds)]
+        command = [sys.executable, str(program), load.operation, str(load.block), str(seconds), str(load.batch)]
         text, _ = run(command, RUN_TIMEOUT)
         told = json.loads(text.splitlines()[-1])
         return Sample(told["bytes_per_second"], told["requests_per_second"], told["cpu_seconds_per_gb"])

@@ -1,6 +1,7 @@
-"""The lane's loop alone: one queue pair of 64 work requests, thousands of requests a batch, no bench around it.
+"""The lane's loop alone: one queue pair, thousands of requests a batch, no bench around it.
 
-`rdma_lane.py OPERATION BYTES SECONDS` runs two processes on rxe0 and prints a line of JSON.
+`rdma_lane.py OPERATION BYTES SECONDS DEPTH` runs two processes on rxe0, with DEPTH work requests under way, and prints
+a line of JSON. With a DEPTH of 1 the time of a request is that from its post to its completion.
 """
 
 from __future__ import annotations
@@ -16,17 +17,16 @@ from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
 from mooncake_hpc.settings import RdmaSettings, Settings
 from mooncake_hpc.testing.peer import PeerProcess
 
-DEPTH = 64
 MOST = 1 << 14  # requests a batch
 FOOTPRINT = 64 << 20  # bytes that a batch covers at most
 DEVICE = "rxe0"
 
 
-def measure(opcode: int, size: int, seconds: float) -> dict[str, float]:
-    count = max(DEPTH, min(MOST, FOOTPRINT // size))
+def measure(opcode: int, size: int, seconds: float, depth: int) -> dict[str, float]:
+    count = max(depth, min(MOST, FOOTPRINT // size))
     span = min(FOOTPRINT, count * size)
     largest = max(size, 1 << 16)  # no request is cut
-    rdma = RdmaSettings(queue_pairs=1, max_wr=DEPTH, slice_size=largest, gid_index=1)
+    rdma = RdmaSettings(queue_pairs=1, max_wr=depth, slice_size=largest, gid_index=1)
     env = {**os.environ, "MC_TE_FILTERS": DEVICE, "MC_NUM_QP_PER_EP": "1", "MC_GID_INDEX": "1"}
     with (
         PeerProcess("P2PHANDSHAKE", "rdma", env=env) as peer,
@@ -42,7 +42,7 @@ def measure(opcode: int, size: int, seconds: float) -> dict[str, float]:
         requests = np.zeros(count, REQUEST)
         requests["opcode"], requests["target_id"], requests["length"] = opcode, segment.id, size
         requests["local_addr"], requests["remote_addr"] = local.ctypes.data + offsets, remote + offsets
-        engine.submit(requests[:DEPTH]).wait(60)
+        engine.submit(requests[:depth]).wait(60)
         done, began, cpu = 0, time.perf_counter(), time.process_time()
         while (elapsed := time.perf_counter() - began) < seconds:
             engine.submit(requests).wait(120)
@@ -56,5 +56,5 @@ def measure(opcode: int, size: int, seconds: float) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    operation, size, seconds = sys.argv[1:]
-    print(json.dumps(measure({"read": READ, "write": WRITE}[operation], int(size), float(seconds))))
+    operation, size, seconds, depth = sys.argv[1:]
+    print(json.dumps(measure({"read": READ, "write": WRITE}[operation], int(size), float(seconds), int(depth))))

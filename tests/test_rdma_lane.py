@@ -132,11 +132,12 @@ def test_what_the_variables_say_reaches_the_queue_pairs(fabric: Fabric) -> None:
         assert (ours.traffic_class, ours.service_level, ours.pkey_index) == (96, 3, 1)
 
 
-def test_few_work_requests_make_back_pressure(fabric: Fabric) -> None:
-    with pair("a", "b", rdma(max_wr=4, queue_pairs=1)) as link:
+@pytest.mark.parametrize("depth", [1, 4])
+def test_few_work_requests_make_back_pressure(fabric: Fabric, depth: int) -> None:
+    with pair("a", "b", rdma(max_wr=depth, queue_pairs=1)) as link:
         link.ours[:] = pattern(5, SIZE)
-        link.submit(*[link.request(WRITE, 100 * i, 100 * i, 100) for i in range(SIZE // 100)]).wait(30)
-        assert (link.theirs[: SIZE // 100 * 100] == link.ours[: SIZE // 100 * 100]).all()
+        link.submit(*[link.request(WRITE, 500 * i, 500 * i, 500) for i in range(SIZE // 500)]).wait(30)
+        assert (link.theirs[: SIZE // 500 * 500] == link.ours[: SIZE // 500 * 500]).all()
 
 
 # --- devices --------------------------------------------------------------------------------------------------
@@ -363,7 +364,10 @@ def test_more_peers_than_endpoints(fabric: Fabric) -> None:
                 link.ours[:] = turn + 1
                 here.write(link.ours, link.segment, link.theirs.ctypes.data)
                 assert (link.theirs == turn + 1).all()
-        assert len([pair for pair in fabric.pairs.values() if pair.device == "a"]) <= 4
+        deadline = time.monotonic() + 10
+        while len([pair for pair in list(fabric.pairs.values()) if pair.device == "a"]) > 4:  # their lanes end them
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_cancel_under_way(fabric: Fabric) -> None:
