@@ -119,7 +119,9 @@ class RdmaLane(Lane):
         self.wake()
 
     def look_after(self) -> None:
-        """Called once in a while: paths whose pause is over are opened again."""
+        """Called once in a while: paths whose pause is over are opened again; rails that carry count as used."""
+        for rail in list(self._rails):
+            rail.note_use()
         now = time.monotonic()
         if self._rails and any(until <= now for until in list(self._paused.values())):
             self.wake()

@@ -180,6 +180,7 @@ class Pool:
         with self._lock:
             endpoint = known.get(path)
             if endpoint is not None and not endpoint.gone:
+                endpoint.used = True
                 return endpoint
             if self._closed:
                 raise PeerLost("the engine is closed")

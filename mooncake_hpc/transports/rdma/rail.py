@@ -84,6 +84,7 @@ class Rail(RailBlock):
         super().__init__(endpoint.calls(), endpoint.depth, path.local, path.remote)
         self.path, self.endpoint = path, endpoint
         self.flushed_at = 0.0
+        self._delivered = 0
 
     @property
     def flushing(self) -> bool:
@@ -101,6 +102,13 @@ class Rail(RailBlock):
         if not self.flushing:
             self.flushed_at = time.monotonic()
             self.words[rails.RAIL_FLUSHING // 8] = 1
+
+    def note_use(self) -> None:
+        """Tell the endpoint when something was carried since the last call: the pool evicts others first."""
+        delivered = self.get(rails.RAIL_DELIVERED)
+        if delivered != self._delivered:
+            self._delivered = delivered
+            self.endpoint.used = True
 
     def explain(self) -> str:
         """What broke it."""
