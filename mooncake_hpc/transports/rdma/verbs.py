@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import fcntl
-import functools
 import logging
 import os
 import select
@@ -36,6 +34,7 @@ from pyverbs.wr import SGE, SendWR
 from mooncake_hpc.errors import DeviceError
 from mooncake_hpc.kernels import verbs as layout
 from mooncake_hpc.transports.rdma.fallback import Callbacks
+from mooncake_hpc.transports.rdma.library import Region, peek
 
 try:
     import pyverbs.libibverbs_enums as enums  # from rdma-core 59 on
@@ -185,41 +184,6 @@ class Device:
             self._context.close()
 
 
-class Region:
-    """A memory region by libibverbs itself: pyverbs would hold the GIL while pages are pinned, which takes seconds."""
-
-    def __init__(self, pd: int, address: int, length: int, access: int) -> None:
-        """Raises OSError."""
-        self._library = _libibverbs()
-        self._mr = self._library.ibv_reg_mr_iova2(pd, address, length, address, access)
-        if not self._mr:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-        self.lkey = peek(self._mr + layout.MR_LKEY, 4)
-        self.rkey = peek(self._mr + layout.MR_RKEY, 4)
-
-    def close(self) -> None:
-        """Raises DeviceError."""
-        code = self._library.ibv_dereg_mr(self._mr)
-        if code:
-            raise DeviceError(f"a memory region cannot be released: {os.strerror(code)}", code)
-
-
-@functools.cache
-def _libibverbs() -> ctypes.CDLL:
-    library = ctypes.CDLL("libibverbs.so.1", use_errno=True)
-    library.ibv_reg_mr_iova2.restype = ctypes.c_void_p
-    library.ibv_reg_mr_iova2.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_size_t,
-        ctypes.c_uint64,
-        ctypes.c_uint,
-    ]
-    library.ibv_dereg_mr.argtypes = [ctypes.c_void_p]
-    return library
-
-
 class CompletionQueue:
     """A completion queue and its event channel."""
 
@@ -338,18 +302,6 @@ def _keep_from_child() -> None:
 
 
 os.register_at_fork(after_in_child=_keep_from_child)
-
-
-def peek(address: int, size: int) -> int:
-    """An unsigned number in this process's memory. Raises OSError where nothing is mapped, instead of a crash."""
-    memory = os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)  # anew: in a forked child an old one is the parent's
-    try:
-        data = os.pread(memory, size, address)
-    finally:
-        os.close(memory)
-    if len(data) != size:
-        raise OSError(errno.EIO, f"no memory at {address:#x}")
-    return int.from_bytes(data, "little")
 
 
 def matching(obj: Any, *facts: tuple[int, int, Any]) -> int:
