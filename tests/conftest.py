@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from sandbox import Sandbox
+    from sandbox import Sandbox, SiteEtcd
 
 ROOT = Path(__file__).resolve().parent.parent
 RDMA_WAY = os.environ.get("MOONCAKE_TEST_RDMA", "")  # set by launch/_rdma.sh: native, rxe or guest
@@ -103,6 +103,22 @@ def slurm() -> Iterator[Sandbox]:
 
     with sandbox() as up:
         yield up
+
+
+@pytest.fixture
+def clean(slurm: Sandbox, tmp_path: Path) -> Iterator[None]:
+    """When the test has ended nothing runs on the nodes nor lies in their /dev/shm, and TMPDIR has results only."""
+    yield
+    slurm.check_clean(tmp_path)
+
+
+@pytest.fixture
+def site_etcd(slurm: Sandbox) -> Iterator[SiteEtcd]:
+    """An etcd that jobs share; at the end no job has a key in it."""
+    from sandbox import site_etcd
+
+    with site_etcd(slurm) as etcd:
+        yield etcd
 
 
 Start = Callable[..., subprocess.Popen[str]]

@@ -74,7 +74,9 @@ def test_an_odd_number_of_ranks_is_refused_with_a_reason() -> None:
     assert result.returncode != 0 and "--pattern=pairs needs an even number of ranks" in result.stderr
 
 
-def test_an_exception_on_one_rank_ends_the_job_with_its_message(mpirun: str) -> None:
+@pytest.mark.parametrize("library", ["mpich", pytest.param("openmpi", marks=pytest.mark.slow)])
+def test_an_exception_on_one_rank_ends_the_job_with_its_message(library: str, request: pytest.FixtureRequest) -> None:
+    python = sys.executable if library == "mpich" else request.getfixturevalue("openmpi")
     script = """
 import sys
 from mooncake_hpc.mpi import World, detect
@@ -85,7 +87,7 @@ with world.guarded():
     world.barrier(60, "the unwell")
 """
     begin = time.monotonic()
-    result = run(mpirun, "-n", "3", sys.executable, "-c", script)
+    result = run(python, "-m", "mooncake_hpc", "launch", "--ranks=3", "--", python, "-c", script)
     assert result.returncode != 0 and "rank 1 on" in result.stderr and "rank one is unwell" in result.stderr
     assert time.monotonic() - begin < 20
 

@@ -21,7 +21,15 @@ HOSTS = str(ROOT / "launch" / "virtual-hosts")
 NODES = 4
 DAEMONS = {"slurmd", "slurmctld", "slurmscriptd", "munged"}
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY"}
+LEASE = 10  # seconds after which a killed process's keys vanish
 LOCKED = 1 << 20  # bytes of memory that a submitting shell may lock: a job must raise it
+RESULTS = (".out", ".json", ".log")  # of files that jobs may leave
+KEYS = """
+import sys
+from mooncake_hpc.metadata.store import open_store
+with open_store(sys.argv[1]) as store:
+    print(*store.list("mooncake/"), sep="\\n")
+"""
 QUICK = (
     "--protocol=tcp", "--block_size=4096", "--batch_size=8", "--threads=2", "--buffer_size=1048576", "--duration=0.5",
     "--timeout=15",
@@ -147,9 +155,41 @@ class Sandbox:
             found += [f"{host}: /dev/shm/{name}" for name in os.listdir(f"/proc/{pid}/root/dev/shm")]
         return found
 
-    def check_clean(self, seconds: float = 20) -> None:
-        """Fails where something is left `seconds` after a job's end."""
+    def check_clean(self, folder: Path, seconds: float = 20) -> None:
+        """Cancels what is under way; fails where something is left `seconds` later. `folder` was the jobs' TMPDIR."""
+        self("run", "scancel", "--user=root")
         wait_until(lambda: not self.left(), seconds, lambda: f"left behind: {self.left()}")
+        left = [file for file in folder.rglob("*") if file.is_file() and file.suffix not in RESULTS]
+        assert not left, f"left behind: {left}"
+
+
+@contextlib.contextmanager
+def site_etcd(slurm: Sandbox) -> Iterator[SiteEtcd]:
+    """An etcd on the hub, that jobs share. At the end no job has a key in it."""
+    command = [HOSTS, "run", "hub", "--", sys.executable, "-m", "mooncake_hpc", "etcd", "--listen=hub"]
+    env = {**slurm.env, "VIRTUAL_HOSTS": slurm.name}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            etcd = SiteEtcd(process.stdout.readline().strip(), env)
+            yield etcd
+            # those of killed processes hang on leases
+            wait_until(lambda: not etcd.keys(), LEASE + 10, lambda: f"keys that are left: {etcd.keys()}")
+        finally:
+            process.terminate()
+
+
+@dataclass(frozen=True)
+class SiteEtcd:
+    endpoint: str
+    env: dict[str, str]
+
+    def keys(self) -> list[str]:
+        """All keys of all jobs."""
+        command = [HOSTS, "run", "hub", "--", sys.executable, "-c", KEYS, self.endpoint]
+        result = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result
+        return result.stdout.split()
 
 
 def wait_until(done: Callable[[], bool], seconds: float, complaint: Callable[[], str]) -> None:

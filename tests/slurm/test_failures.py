@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sandbox import LOCKED, NODES, QUICK, Job, Sandbox, wait_until
+from sandbox import LOCKED, NODES, QUICK, Job, Sandbox, SiteEtcd, wait_until
 
 TIMEOUT, SETTLE = 5, 8  # seconds: --timeout and MOONCAKE_HPC_SETTLE of these jobs
 PATIENT = TIMEOUT + SETTLE  # a rank is waited for so long, on top of what it is to do
@@ -16,12 +15,7 @@ WAYS = ("raises", "exits", "leaves", "hangs")
 ENV = {"MOONCAKE_HPC_SETTLE": str(SETTLE), "MC_TCP_PROGRESS_TIMEOUT_SEC": str(TIMEOUT)}
 
 
-@pytest.fixture(autouse=True)
-def clean(slurm: Sandbox) -> Iterator[None]:
-    """Nothing runs on the hosts, nor lies in their /dev/shm, when a test has ended."""
-    yield
-    slurm("run", "scancel", "--user=root")
-    slurm.check_clean()
+pytestmark = pytest.mark.usefixtures("clean")
 
 
 def start(slurm: Sandbox, folder: Path, *flags: str, script: str = "all-to-all.sbatch", **env: str) -> str:
@@ -91,9 +85,11 @@ def test_a_time_limit(slurm: Sandbox, tmp_path: Path) -> None:
     assert "stopped by a signal" in job.output, job
 
 
-def test_scancel(slurm: Sandbox, tmp_path: Path) -> None:
-    """Ranks may lock all memory while they run, though the submitting shell could not; nothing is left of them."""
-    number = start(slurm, tmp_path)
+def test_scancel(slurm: Sandbox, tmp_path: Path, site_etcd: SiteEtcd) -> None:
+    """Ranks may lock as much memory as can be, though the submitting shell could not. Their keys go with them."""
+    number = start(slurm, tmp_path, ETCD_ENDPOINTS=site_etcd.endpoint)
+    keys = site_etcd.keys()
+    assert len(keys) >= 3 and all(key.startswith(f"mooncake/slurm-{number}/") for key in keys), keys
     ranks = [
         (host, pid) for host, pid, line in slurm.processes() if "-m mooncake_hpc bench" in line and "srun" not in line
     ]

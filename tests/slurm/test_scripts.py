@@ -2,50 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from sandbox import HOSTS, QUICK, SCRIPT, Sandbox
+from sandbox import QUICK, SCRIPT, Sandbox, SiteEtcd
 
 from mooncake_hpc import topology
 
 ETCD = "/usr/bin/etcd"  # the distribution's, fit for several members
-KEYS = """
-import sys
-from mooncake_hpc.metadata.store import open_store
-with open_store(sys.argv[1]) as store:
-    print(*store.list("mooncake/"), sep="\\n")
-"""
-
-
-@pytest.fixture(autouse=True)
-def clean(slurm: Sandbox) -> Iterator[None]:
-    """Nothing runs on the hosts, nor lies in their /dev/shm, when a test has ended."""
-    yield
-    slurm("run", "scancel", "--user=root")
-    slurm.check_clean()
-
-
-@pytest.fixture
-def site_etcd(slurm: Sandbox) -> Iterator[str]:
-    """host:port of an etcd that jobs share; at the end no job has a key in it."""
-    python = [HOSTS, "run", "hub", "--", sys.executable]
-    env = {**slurm.env, "VIRTUAL_HOSTS": slurm.name}
-    with subprocess.Popen(
-        [*python, "-m", "mooncake_hpc", "etcd", "--listen=hub"], env=env, stdout=subprocess.PIPE, text=True
-    ) as etcd:
-        assert etcd.stdout is not None
-        try:
-            endpoint = etcd.stdout.readline().strip()
-            yield endpoint
-            left = subprocess.run([*python, "-c", KEYS, endpoint], env=env, capture_output=True, text=True, timeout=60)
-            assert left.returncode == 0 and not left.stdout.strip(), left
-        finally:
-            etcd.terminate()
+pytestmark = pytest.mark.usefixtures("clean")
 
 
 def test_bench(slurm: Sandbox, tmp_path: Path) -> None:
@@ -85,11 +54,11 @@ def test_all_to_all(slurm: Sandbox, tmp_path: Path) -> None:
     assert all(len(row["targets"]) == 3 for row in result["initiators"]), result
 
 
-def test_an_array_of_block_sizes(slurm: Sandbox, tmp_path: Path, site_etcd: str) -> None:
+def test_an_array_of_block_sizes(slurm: Sandbox, tmp_path: Path, site_etcd: SiteEtcd) -> None:
     """Two tasks run at once under the names of their own jobs, in one etcd."""
     array = slurm.submit(
         "block-sizes.sbatch", "--protocol=tcp", "--duration=0.5", folder=tmp_path, options=["--array=0,3"],
-        env={"ETCD_ENDPOINTS": site_etcd},
+        env={"ETCD_ENDPOINTS": site_etcd.endpoint},
     )  # fmt: skip
     jobs = slurm.wait(array, 120)
     assert {(job.name, job.state, job.code) for job in jobs} == {
@@ -97,14 +66,14 @@ def test_an_array_of_block_sizes(slurm: Sandbox, tmp_path: Path, site_etcd: str)
     }, [str(job) for job in jobs]  # fmt: skip
     sizes = {job.name: [result["config"]["block_size"] for result in job.results] for job in jobs}
     assert sizes == {f"{array}_0": [4096], f"{array}_3": [262144]}
-    assert all(f"metadata at etcd://{site_etcd}" in job.output for job in jobs)
+    assert all(f"metadata at etcd://{site_etcd.endpoint}" in job.output for job in jobs)
 
 
-def test_two_jobs_at_once_do_not_meet(slurm: Sandbox, tmp_path: Path, site_etcd: str) -> None:
+def test_two_jobs_at_once_do_not_meet(slurm: Sandbox, tmp_path: Path, site_etcd: SiteEtcd) -> None:
     """Both use the same names of segments in one etcd, and last so long that they overlap."""
     folders = [tmp_path / "a", tmp_path / "b"]
     numbers = [
-        slurm.submit("bench.sbatch", *QUICK, "--duration=6", folder=folder, env={"ETCD_ENDPOINTS": site_etcd})
+        slurm.submit("bench.sbatch", *QUICK, "--duration=6", folder=folder, env={"ETCD_ENDPOINTS": site_etcd.endpoint})
         for folder in folders
     ]
     for number in numbers:
@@ -176,6 +145,23 @@ def test_mistakes_are_told(slurm: Sandbox, tmp_path: Path) -> None:
     assert job.state == "FAILED" and "one member or three" in job.output, job
     job = slurm.run("bench.sbatch", folder=tmp_path, env={"MOONCAKE_HPC_PYTHON": "/usr/bin/python3"})
     assert job.state == "FAILED" and "/usr/bin/python3 has no mooncake_hpc" in job.output, job
+
+
+def test_a_newcomers_commands(slurm: Sandbox, tmp_path: Path) -> None:
+    """Those that slurm/README.md shows for the sandbox, from a folder that looks like a checkout."""
+    for name in ("launch", "slurm"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    text = (ROOT / "slurm" / "README.md").read_text()
+    commands = re.findall(r"^launch/slurm-sandbox run .*$", text, re.MULTILINE)
+    assert len(commands) == 2
+    outputs = [
+        subprocess.run(
+            ["bash", "-c", c], cwd=tmp_path, env=slurm.env, capture_output=True, text=True, timeout=90
+        ).stdout
+        for c in commands
+    ]
+    assert "Test completed: duration 3" in outputs[0] and "ALL DONE" in outputs[1], outputs
+    assert {file.name.partition("-")[0] for file in tmp_path.glob("*.json")} == {"bench", "fan"}
 
 
 def test_every_script_is_here() -> None:
