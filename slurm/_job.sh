@@ -51,6 +51,7 @@ clean_up() {
     local code=$?
     trap '' TERM INT
     [ ${#CHILDREN[@]} = 0 ] || kill -TERM "${CHILDREN[@]}" 2>/dev/null || true
+    [ -z "${ETCD_PID:-}" ] || stop_etcd 2>/dev/null || true
     wait
     [ "$code" = 0 ] || DEADLINE=20 everywhere bash -c "$SWEEP" || true
     exit "$code"
@@ -89,6 +90,14 @@ address() {
     case $found in '' | 127.* | ::1) echo 0.0.0.0 ;; *) echo "$found" ;; esac
 }
 
+# A member ends when its input does: signals would reach all processes of the step, and none could remove its data.
+MEMBER='"$0" -m mooncake_hpc etcd --members="$1" --member="$SLURM_PROCID" --port="$2" --fromenv=password </dev/null &
+child=$!
+{ read -r; kill $child; } <&0 &
+wait $child && code=0 || code=$?
+kill $! 2>/dev/null
+exit $code'
+
 # ---- etcd: the site's, or the job's own behind a password
 start_etcd() {
     local log words=() nodes=() first count
@@ -107,21 +116,21 @@ start_etcd() {
         [ ${#nodes[@]} -ge "$count" ] || die "--etcd-members=$count needs $count nodes; the job has ${#nodes[@]}"
         first=$(IFS=,; echo "${nodes[*]:0:$count}")
         words=(srun --overlap --mem=0 --nodelist="$first" --nodes="$count" --ntasks="$count" --ntasks-per-node=1
-            --mpi=none bash -c 'exec "$0" -m mooncake_hpc etcd --members="$1" --member="$SLURM_PROCID" --port="$2" --fromenv=password'
-            "$PY" "$first" "$((20000 + 2 * (SLURM_JOB_ID % 5000)))")
+            --mpi=none --input=all bash -c "$MEMBER" "$PY" "$first" "$((20000 + 2 * (SLURM_JOB_ID % 5000)))")
     fi
     log=$(mktemp)
-    exec {ETCD}< <(exec "${words[@]}" 2>"$log")
-    CHILDREN+=($!)
+    coproc ETCD { exec "${words[@]}" 2>"$log"; }
     read_endpoints "$count" || { cat "$log" >&2; rm -f "$log"; die "etcd does not start"; }
     rm -f "$log"
 }
+
+stop_etcd() { [ "$ETCD_MEMBERS" = 1 ] && kill -TERM "$ETCD_PID" || eval "exec ${ETCD[1]}>&-"; }
 
 # read_endpoints COUNT: what each member prints once it serves.
 read_endpoints() {
     local i endpoint found=()
     for ((i = 0; i < $1; i++)); do
-        read -r -t 120 -u "$ETCD" endpoint || return 1
+        read -r -t 120 -u "${ETCD[0]}" endpoint || return 1
         found+=("$endpoint")
     done
     METADATA=etcd://$(IFS=,; echo "${found[*]}")
