@@ -35,7 +35,7 @@ BREATH = 0.002  # seconds in which changes gather before the next look
 LARGEST_RACE = 16 << 20  # bytes of a shard that is fetched a second time into memory of our own
 JOIN = 15.0  # seconds for a worker to end
 NEWS = (0.02, 0.004)  # seconds between two looks at a board: at least, and for each holder
-HURRY = 3.0  # times as often when nothing is under way
+HURRY, CALM = 3.0, 3  # times as often while fewer sources than this are in use
 
 
 @dataclass(slots=True)
@@ -134,7 +134,7 @@ class Pull:
                 self.swarm.see(View(holder.segment, holder.host, have, fetching))
                 self._wake()
             pause = max(NEWS[0], NEWS[1] * len(self._holders))
-            return None if have.all() else pause if self.swarm.busy else pause / HURRY
+            return None if have.all() else pause if self.swarm.width >= CALM else pause / HURRY
 
     def forget(self, segment: str) -> None:
         """A record is gone."""

@@ -36,12 +36,12 @@ Shards = npt.NDArray[np.int64]
 WIDTH = 8  # sources beyond the wire that one reader uses at a time
 SPREAD = 2.0  # holders by which a reader departs from rarest first, lest all ask for the same shard at once
 SLOTS = 3  # readers that a source beyond the wire serves at a time, where there is a choice
-FIRST = 4  # readers that begin together: the others have something from these sooner than from the first holder
+FIRST = 3  # readers that begin together: the others have something from these sooner than from the first holder
 NEWS = 0.06  # seconds until a reader's news are everywhere
 REST = (0.25, 8.0)  # seconds that a source which failed is left alone: at first, and at most
 SPAN = (0.005, 0.1)  # seconds over which a source's rate is measured: at first, since bytes come in bursts, and later
 HORIZON = 0.02  # seconds of a source's rate that are asked of it in advance
-AHEAD = (256 << 10, 8 << 20)  # bytes, at least and at most, asked of a source in advance
+AHEAD = (128 << 10, 8 << 20)  # bytes, at least and at most, asked of a source in advance
 SLOW = 3.0  # a shard is raced when its source is so many times slower than another one
 STUCK = 1.0  # seconds without a byte after which a source counts as slow
 PATIENCE = 1.0  # seconds after which a turn passes on, and a reader with nothing to do takes what it can get
@@ -197,7 +197,7 @@ class Swarm:
             shard = self._first_copy(source, np.flatnonzero(fresh), open_, now)
             if shard is not None or (self._reserved() and not bored):
                 return shard
-        if not source.begun and self._width() >= WIDTH:
+        if not source.begun and self.width >= WIDTH:
             return None
         common = open_ & (self._copies > 0) & self._ours_here()
         if not common.any():
@@ -245,7 +245,9 @@ class Swarm:
             return None
         return int(shards[np.argmin(self._holders[shards] + self._coming[shards] - SPREAD * self._claim[shards])])
 
-    def _width(self) -> int:
+    @property
+    def width(self) -> int:
+        """Sources beyond the wire that are in use."""
         return sum(1 for other in self.sources.values() if other.begun and not other.local)
 
     def _ours_here(self) -> Bits:
