@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,18 @@ from sandbox import LOCKED, NODES, QUICK, Job, Sandbox, SiteEtcd, wait_until
 TIMEOUT, SETTLE = 5, 8  # seconds: --timeout and MOONCAKE_HPC_SETTLE of these jobs
 PATIENT = TIMEOUT + SETTLE  # a rank is waited for so long, on top of what it is to do
 SHUTDOWN = 15  # seconds that Slurm, mpi and a loaded machine may take on top
-WAYS = ("raises", "exits", "leaves", "hangs")
+UNWELL = str(Path(__file__).parent / "unwell")  # a PYTHONPATH that makes a rank fail, as the variable UNWELL says
 ENV = {"MOONCAKE_HPC_SETTLE": str(SETTLE), "MC_TCP_PROGRESS_TIMEOUT_SEC": str(TIMEOUT)}
 
 
 pytestmark = pytest.mark.usefixtures("clean")
 
 
-def start(slurm: Sandbox, folder: Path, *flags: str, script: str = "all-to-all.sbatch", **env: str) -> str:
-    """A job on three nodes, in its timed window."""
+def start(slurm: Sandbox, folder: Path, *flags: str, nodes: int = 3, **env: str) -> str:
+    """A job in its timed window."""
     words = [*QUICK, "--duration=30", f"--timeout={TIMEOUT}", *flags]
-    number = slurm.submit(script, *words, folder=folder, options=["--nodes=3"], env={**ENV, **env})
+    options = [f"--nodes={nodes}"]
+    number = slurm.submit("all-to-all.sbatch", *words, folder=folder, options=options, env={**ENV, **env})
     slurm.wait_for(number, "connected and warm")
     return number
 
@@ -32,25 +34,25 @@ def check_nothing_came_of(job: Job) -> None:
     assert "Test completed" not in job.output and "sum " not in job.output and job.results == [], job
 
 
-@pytest.mark.parametrize("how", WAYS)
-def test_a_rank_that_is_unwell(slurm: Sandbox, tmp_path: Path, how: str) -> None:
-    unwell = str(Path(__file__).parent / "unwell")
-    duration = 2 if how == "hangs" else 20  # the others notice one that left while they run
-    number = start(slurm, tmp_path, f"--duration={duration}", PYTHONPATH=unwell, UNWELL=f"1 {how}")
-    (job,) = slurm.wait(number, (duration + TIMEOUT + PATIENT if how == "hangs" else 1) + SHUTDOWN)
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("raises", "rank 1 on h1: RuntimeError: this rank is unwell"),
+        ("exits", "h1: task 1: Exited with exit code 3"),
+        ("leaves", "(segment 'h1:12346' is gone"),
+    ],
+    ids=["raises", "exits", "leaves"],
+)
+def test_a_rank_that_is_unwell(slurm: Sandbox, tmp_path: Path, how: str, message: str) -> None:
+    """The job ends at once, in the middle of what the other ranks do."""
+    number = start(slurm, tmp_path, PYTHONPATH=UNWELL, UNWELL=f"1 {how}")
+    (job,) = slurm.wait(number, 1 + SHUTDOWN)
     check_nothing_came_of(job)
-    message = {
-        "raises": "rank 1 on h1: RuntimeError: this rank is unwell",
-        "exits": "h1: task 1: Exited with exit code 3",
-        "leaves": "(segment 'h1:12346' is gone",
-        "hangs": "rank 1 on h1 did not come within",
-    }[how]
     assert message in job.output, job
 
 
 def test_a_rank_that_does_not_start(slurm: Sandbox, tmp_path: Path) -> None:
-    unwell = str(Path(__file__).parent / "unwell")
-    env = {**ENV, "PYTHONPATH": unwell, "UNWELL": "2 does-not-start"}
+    env = {**ENV, "PYTHONPATH": UNWELL, "UNWELL": "2 does-not-start"}
     number = slurm.submit("all-to-all.sbatch", *QUICK, folder=tmp_path, options=["--nodes=3"], env=env)
     slurm.wait_for(number, "metadata at")
     (job,) = slurm.wait(number, SETTLE + SHUTDOWN)
@@ -77,10 +79,16 @@ def idle(slurm: Sandbox) -> int:
     return int(slurm("run", "sinfo", "-h", "-t", "idle", "-o", "%D") or "0")
 
 
-def test_a_time_limit(slurm: Sandbox, tmp_path: Path) -> None:
-    number = start(slurm, tmp_path)
-    slurm("run", "scontrol", "update", f"jobid={number}", "EndTime=now")
-    (job,) = slurm.wait(number, 30 + SHUTDOWN)
+def test_a_rank_that_hangs_and_a_time_limit(slurm: Sandbox, tmp_path: Path) -> None:
+    """Two jobs at once, as both are mostly waited for."""
+    limited = start(slurm, tmp_path / "limited", "--duration=120", nodes=2)
+    slurm("run", "scontrol", "update", f"jobid={limited}", "EndTime=now+5seconds")
+    end = time.monotonic() + 30 + SHUTDOWN
+    hanging = start(slurm, tmp_path / "hanging", "--duration=2", nodes=2, PYTHONPATH=UNWELL, UNWELL="1 hangs")
+    (job,) = slurm.wait(hanging, 2 + TIMEOUT + PATIENT + SHUTDOWN)
+    check_nothing_came_of(job)
+    assert "rank 1 on h3 did not come within" in job.output, job
+    (job,) = slurm.wait(limited, end - time.monotonic())
     check_nothing_came_of(job)
     assert "stopped by a signal" in job.output, job
 
