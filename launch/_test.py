@@ -176,7 +176,7 @@ def read_results(part: Part) -> None:
 
 def node_id(classname: str, name: str) -> str:
     """pytest's name of a test from JUnit's: `tests.test_x.TestY`, `test_z` is tests/test_x.py::TestY::test_z."""
-    words = classname.split(".")
+    words = classname.split(".") if classname else []
     for count in range(len(words), 0, -1):
         file = Path(*words[:count]).with_suffix(".py")
         if (ROOT / file).exists():

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -53,6 +54,14 @@ def digest(data: Bytes) -> str:
 
 
 nursery: Nursery | None = None  # where new peers come from; None: each is a process from the start
+
+
+def _state(task: Path) -> str:
+    """The state letter of a thread, as in its `stat` file; T is stopped, also once it has ended."""
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "T"
 
 
 class PeerError(Exception):
@@ -100,8 +109,10 @@ class PeerProcess:
         return self._reply(timeout)
 
     def suspend(self) -> None:
-        """SIGSTOP: its sockets stay open, and nothing answers."""
+        """SIGSTOP: its sockets stay open, and nothing answers. Returns when every thread has stopped."""
         self.process.send_signal(signal.SIGSTOP)
+        while any(_state(task) != "T" for task in Path(f"/proc/{self.process.pid}/task").iterdir()):
+            time.sleep(0.001)
 
     def resume(self) -> None:
         self.process.send_signal(signal.SIGCONT)
