@@ -129,6 +129,7 @@ class Pull:
             present, known = self._holders.get(holder.segment), self.swarm.sources.get(holder.segment)
             if present is None or known is None or not _same_place(present, holder):
                 return None
+            self.swarm.answered(holder.segment)
             have, fetching = have | known.view.have, by_source(claims, self._names)
             if fetching != known.view.fetching or have.sum() != known.view.have.sum():
                 self.swarm.see(View(holder.segment, holder.host, have, fetching))

@@ -334,12 +334,18 @@ class Swarm:
 
     def verified(self, name: str, shard: int) -> bool:
         """The shard has come whole and right. Whether it was missing."""
-        source = self._ended(name, shard, 0)
-        source.failures = 0
+        self._ended(name, shard, 0)
+        self.answered(name)
         news = not self.have[shard]
         self.have[shard] = True
         self._open[shard] = False
         return news
+
+    def answered(self, name: str) -> None:
+        """The source is there after all."""
+        source = self.sources[name]
+        if source.failures:
+            source.failures, self._order = 0, None
 
     def given_up(self, name: str, shard: int, left: int) -> None:
         """The shard is not wanted from this source any more; `left` bytes of it have not come."""
@@ -350,10 +356,15 @@ class Swarm:
         self._ended(name, shard, 0).refused.add(shard)
 
     def failed(self, name: str, shards: Iterable[int], left: int, now: float) -> None:
-        """Nothing comes from the source for now; `left` bytes of these shards have not come."""
+        """Nothing comes from the source for now; `left` bytes of these shards have not come. It has no turns, and what
+        it was fetching is not waited for."""
         source = self.sources[name]
         for shard in shards:
             self._ended(name, shard, 0)
+        self._count(source.view, -1)
+        source.view = View(name, source.view.host, source.view.have)
+        self._count(source.view, 1)
+        self._order = None
         source.backlog -= left
         source.resting_until = now + min(REST[1], REST[0] * 2**source.failures)
         source.failures += 1

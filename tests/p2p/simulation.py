@@ -104,11 +104,14 @@ class Simulation:
             self._at(self.now + 1.0, "tick", node)
 
     def _die(self, node: int, _: object) -> None:
+        """All others learn of it from the connection over which they read its board."""
         self.dead.add(node)
-        for flow in [f for f in self.flows if node in (f.reader, f.source)]:
-            self.flows.remove(flow)
-            if flow.source == node and flow.reader not in self.dead:
-                self.swarms[flow.reader].failed(self.name(node), [flow.shard], SHARD, self.now * self.unit)
+        lost = [f for f in self.flows if node in (f.reader, f.source)]
+        self.flows = [f for f in self.flows if f not in lost]
+        for other in self.started - self.dead:
+            shards = [f.shard for f in lost if f.reader == other]
+            if self.name(node) in self.swarms[other].sources:
+                self.swarms[other].failed(self.name(node), shards, SHARD * len(shards), self.now * self.unit)
         self._at(self.now + 200, "vanish", node)
 
     def _vanish(self, node: int, _: object) -> None:
