@@ -6,18 +6,28 @@ import re
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, clean_env
 
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_runs() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLES = dict(zip(("p2p", "engine"), re.findall(r"```python\n(.*?)```", README, re.DOTALL), strict=True))
+PRINTED = {"p2p": "equal: True\n", "engine": "equal: True over shm+tcp\n"}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_run(name: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", example], capture_output=True, text=True, timeout=120, env=clean_env(), check=False
+        [sys.executable, "-c", EXAMPLES[name]],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=clean_env(),
+        check=False,
     )
     assert result.returncode == 0, result
-    assert result.stdout == "equal: True over shm+tcp\n"
+    assert result.stdout == PRINTED[name]
 
 
 def test_files_that_it_names_exist() -> None:
