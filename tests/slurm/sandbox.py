@@ -128,6 +128,12 @@ class Sandbox:
         (job,) = self.wait(self.submit(script, *arguments, folder=folder, **more), seconds)  # type: ignore[arg-type]
         return job
 
+    def compiled(self) -> set[tuple[str, int]]:
+        """Files of numba's cache, and when they were written."""
+        local = Path(self.env["MOONCAKE_HPC_LOCAL"]) / f"mooncake-hpc-{os.getuid()}" / "numba"
+        cache = Path(self.env.get("NUMBA_CACHE_DIR") or local)
+        return {(str(file), file.stat().st_mtime_ns) for file in cache.rglob("*.nb*")}
+
     def holders(self) -> dict[str, int]:
         """The process that keeps a host's namespaces, by host."""
         folder = ROOT / ".mooncake" / "hosts" / self.name

@@ -93,6 +93,15 @@ def test_a_rank_that_hangs_and_a_time_limit(slurm: Sandbox, tmp_path: Path) -> N
     assert "stopped by a signal" in job.output, job
 
 
+def test_a_trainer_that_fails(slurm: Sandbox, tmp_path: Path) -> None:
+    """Inferencers, which would wait for its model for minutes, end with it, though they have no MPI world in common."""
+    number = slurm.submit("heterogeneous.sbatch", "--protocol=tcp", "--file=/nowhere", folder=tmp_path)
+    slurm.wait_for(number, "metadata at")
+    job, other = slurm.wait(number, SHUTDOWN)
+    assert (job.state, job.code, other.state, job.results) == ("FAILED", "1:0", "FAILED", []), job
+    assert "/nowhere" in job.output and "a trainer ended before the inferencers did" in job.output, job
+
+
 def test_scancel(slurm: Sandbox, tmp_path: Path, site_etcd: SiteEtcd) -> None:
     """Ranks may lock as much memory as can be, though the submitting shell could not. Their keys go with them."""
     number = start(slurm, tmp_path, ETCD_ENDPOINTS=site_etcd.endpoint)

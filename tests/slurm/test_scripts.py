@@ -18,7 +18,12 @@ pytestmark = pytest.mark.usefixtures("clean")
 
 
 def test_bench(slurm: Sandbox, tmp_path: Path) -> None:
-    job = slurm.run("bench.sbatch", *QUICK, "--verify", folder=tmp_path)
+    """Kernels are compiled before ranks start, on a disk of the node: ranks add nothing to the cache."""
+    number = slurm.submit("bench.sbatch", *QUICK, "--verify", folder=tmp_path)
+    slurm.wait_for(number, "metadata at")
+    compiled = slurm.compiled()
+    (job,) = slurm.wait(number, 60)
+    assert slurm.compiled() == compiled != set()
     assert (job.state, job.code) == ("COMPLETED", "0:0"), job
     (result,) = job.results
     (initiator,) = result["initiators"]
