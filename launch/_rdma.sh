@@ -26,9 +26,7 @@ way() {
 # numba keeps its caches apart by processor; in the guest it is another one than here
 warm_for_guest() {
     export NUMBA_CPU_NAME=generic
-    [ -e "$NUMBA_CACHE_DIR/warm-generic.done" ] && return
-    say "compiling kernels for the guest (once)"
-    "$PY" -m mooncake_hpc warm >&2 && touch "$NUMBA_CACHE_DIR/warm-generic.done"
+    "$PY" -m mooncake_hpc warm >&2
 }
 
 set_up() {

@@ -277,3 +277,20 @@ def test_embedded_etcd_command(start: Start) -> None:
     assert keys(endpoint, "") == []
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == 0
+
+
+def test_warm_does_nothing_twice_but_knows_processors_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mooncake_hpc.cli import warm
+
+    monkeypatch.delenv("NUMBA_CPU_NAME", raising=False)
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    here = warm._stamp()
+    assert here is not None and here == warm._stamp()
+    monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
+    other = warm._stamp()
+    assert other is not None and other != here
+    other.touch()
+    command = [sys.executable, "-m", "mooncake_hpc", "warm"]
+    env = clean_env(NUMBA_CACHE_DIR=str(tmp_path), NUMBA_CPU_NAME="generic")
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and "after" not in result.stdout, result

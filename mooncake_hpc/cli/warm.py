@@ -49,6 +49,8 @@ def _stamp() -> Path | None:
     if not folder:
         return None
     key = hashlib.sha256(f"{sys.version} {sys.prefix} {version('numba')} {version('numpy')}".encode())
+    for name in sorted(name for name in os.environ if name.startswith("NUMBA_")):  # NUMBA_CPU_NAME, for one
+        key.update(f"{name}={os.environ[name]}".encode())
     for file in sorted(Path(mooncake_hpc.__file__).parent.rglob("*.py")):
         key.update(f"{file} {file.stat().st_mtime_ns} {file.stat().st_size}".encode())
     with open("/proc/cpuinfo") as lines:
