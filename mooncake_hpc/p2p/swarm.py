@@ -183,11 +183,20 @@ class Swarm:
         if source.refused:
             open_[list(source.refused)] = False
         if source.local:
+            near = self._near(now)
+            if near is not None and near is not source:
+                open_ &= np.isin(np.arange(len(open_)), [*near.refused])
             return self._rarest(open_)
         open_ &= self._here == 0
         if not open_.any():
             return self._race(source, now)
         return self._take_turn(source, open_, now)
+
+    def _near(self, now: float) -> Source | None:
+        """A process of this host that holds all: everything is copied from it, since to map the memory of each of the
+        others costs more. The one in use, if there is one."""
+        able = [s for s in self.sources.values() if s.local and s.view.have.all() and now >= s.resting_until]
+        return min(able, key=lambda s: (not s.begun, not s.rate, s.view.name), default=None)
 
     def _take_turn(self, source: Source, open_: Bits, now: float) -> int | None:
         """A shard that no reader has yet and whose turn it is, or one that readers have."""

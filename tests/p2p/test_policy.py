@@ -81,6 +81,20 @@ def test_what_a_process_of_this_host_holds_is_copied_from_it() -> None:
     assert made.choose("mate", 0.0) in (0, 1, 2)
 
 
+def test_one_process_of_this_host_that_has_all_is_enough() -> None:
+    made = swarm(a=View("a", "here", bits(0, 1, 2, 3)), b=View("b", "here", bits(0, 1, 2, 3)))
+    made.see(View("c", "here", bits(0, 1)))
+    assert made.choose("b", 0.0) is None and made.choose("c", 0.0) is None
+    shard = made.choose("a", 0.0)
+    assert shard is not None and not made.needs_news
+    made.begin("a", shard, 0.0)
+    made.received("a", SHARD, 1.0)
+    made.wrong("a", shard)
+    assert made.choose("b", 1.0) == shard, "what it does not really have comes from another"
+    made.failed("a", [], 0, 1.0)
+    assert made.choose("b", 1.1) is not None, "as does all once it is gone"
+
+
 def test_wrong_bytes_are_not_asked_for_again() -> None:
     made = swarm(2, a=View("a", "x", bits(0, of=2)))
     assert made.choose("a", 0.0) == 0

@@ -178,6 +178,8 @@ def test_many_readers_share(opener: Open) -> None:
     trainer.register("model", model, shard_size=SHARD)
     results: list[Progress] = []
     readers = [opener() for _ in range(4)]
+    for reader in readers:
+        reader._host = reader.name  # as if on hosts of their own
 
     def read(store: P2PStore) -> None:
         replica = store.get_replica("model", timeout=90)
