@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PIECE = (64 << 10, 1 << 20)  # bytes, at least and at most: half of what is asked of a source in advance
+PIECE = (128 << 10, 1 << 20)  # bytes, at least and at most: half of what is asked of a source in advance
 LOOK = 0.05  # seconds between two looks at whether a shard is still wanted
 REST = (0.25, 8.0)  # seconds after a failure until the board is looked at again: at first, and at most
 SILENCE = (3.0, 30.0)  # seconds without a byte after which a source counts as gone: at first, and at most
