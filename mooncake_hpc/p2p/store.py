@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import hashlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,9 +18,7 @@ import numpy.typing as npt
 from mooncake_hpc.engine import TransferEngine
 from mooncake_hpc.errors import (
     ConfigError,
-    MetadataError,
     MetadataUnavailable,
-    MooncakeError,
     ObjectExists,
     ObjectNotFound,
     ObjectReplaced,
@@ -30,14 +26,13 @@ from mooncake_hpc.errors import (
     SizeMismatch,
     TransferCancelled,
 )
-from mooncake_hpc.memory import containing, describe
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.metadata.store import open_store
-from mooncake_hpc.metadata.watch import Changes, Watch
 from mooncake_hpc.p2p.board import Board, MemoryPool, board_size
 from mooncake_hpc.p2p.buffers import as_bytes, as_range, digest_all, some, take_apart
-from mooncake_hpc.p2p.catalogue import CURRENT, Announcer, Catalogue, Holder, ObjectInfo, version_of
+from mooncake_hpc.p2p.catalogue import CURRENT, Catalogue, Holder, ObjectInfo
 from mooncake_hpc.p2p.digests import DEFAULT
+from mooncake_hpc.p2p.holding import LAST_WORDS, Held, Holdings
 from mooncake_hpc.p2p.layout import Memory
 from mooncake_hpc.p2p.manifest import (
     TENSORS,
@@ -57,7 +52,6 @@ log = logging.getLogger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
 LOOK = 1.0  # seconds between two looks for an object of the original's
-LAST_WORDS = 2.0  # seconds for the last announcement of a pull; it goes on in the background
 
 
 @dataclass(slots=True)
@@ -76,25 +70,6 @@ class Replica:
             part.name: array.view(np.dtype(part.dtype)).reshape(part.shape)
             for part, array in zip(self.manifest.parts, self.arrays, strict=True)
         }
-
-
-@dataclass(slots=True, eq=False)
-class _Held:
-    """An object, or as much of it as is there, that this store serves."""
-
-    manifest: Manifest
-    arrays: list[Bytes]
-    registered: list[Bytes]  # what was registered for it alone
-    seed: bool
-    have: Bits
-    board: Board | None = None  # while a pull is under way, and as long as others may look at it
-    pull: Pull | None = None
-    announcer: Announcer | None = None
-    watch: Watch | None = None
-    records: dict[str, Holder] = field(default_factory=dict)  # of the others
-    current: str | None = None  # the version that the name means
-    settled: threading.Event = field(default_factory=threading.Event)  # the first look at the catalogue is done
-    busy: bool = False  # a pull is under way
 
 
 class P2PStore:
@@ -116,8 +91,6 @@ class P2PStore:
     ) -> None:
         self._settings = settings or Settings.from_env()
         self._stack = contextlib.ExitStack()
-        self._lock = threading.RLock()
-        self._held: dict[str, _Held] = {}
         try:
             store = metadata
             if isinstance(store, str):
@@ -131,9 +104,9 @@ class P2PStore:
             raise
         self.engine = engine
         self.name = engine.name
-        self._boards, self._copies = MemoryPool(engine, True), MemoryPool(engine, False)
         self._catalogue = Catalogue(store, self._settings.metadata_cluster_id)
-        self._host = host_identity()
+        self._holdings = Holdings(engine, self._catalogue)
+        self._copies = MemoryPool(engine, False)  # of others' boards
 
     # --- for those who have an object -----------------------------------------------------------------------
 
@@ -168,24 +141,20 @@ class P2PStore:
         manifest = Manifest(
             name, new_version(), sizes, shard, algorithm, digests, kind or found_kind, tuple(parts) or found_parts
         )
-        with self._lock:
-            before = self._held.get(name)
-            if before is not None and before.busy:
-                raise P2PError(f"object {name!r} is being pulled into this store")
-        held = _Held(manifest, arrays, [], True, np.ones(manifest.shards, bool))
-        self._register_memory(held, [buffer for buffer, size in zip(buffers, sizes, strict=True) if size])
+        before = self._holdings.get(name)
+        if before is not None and before.busy:
+            raise P2PError(f"object {name!r} is being pulled into this store")
+        held = Held(manifest, arrays, [], True, np.ones(manifest.shards, bool))
+        self._holdings.register_memory(held, [buffer for buffer, size in zip(buffers, sizes, strict=True) if size])
         try:
             manifest = self._publish(manifest, force or before is not None)
             held.manifest = manifest
-            self._offer(held)
+            self._holdings.offer(held)
         except BaseException:
-            self._unregister_memory(held)
+            self._holdings.unregister_memory(held)
             raise
         held.registered += owned
-        with self._lock:
-            self._held[name] = held
-        if before is not None:
-            self._let_go(before)
+        self._holdings.replace(name, held)
         return manifest
 
     def _publish(self, manifest: Manifest, replace_it: bool) -> Manifest:
@@ -204,20 +173,11 @@ class P2PStore:
 
     def unregister(self, name: str) -> None:
         """Stop offering an object that was registered here; replicas elsewhere live on. Raises ObjectNotFound."""
-        self._drop(name, seed=True)
+        self._holdings.drop(name, seed=True)
 
     def delete_replica(self, name: str) -> None:
         """Stop offering an object that `get_replica` brought here; the memory stays the caller's. ObjectNotFound."""
-        self._drop(name, seed=False)
-
-    def _drop(self, name: str, seed: bool) -> None:
-        with self._lock:
-            held = self._held.get(name)
-            if held is None or held.busy or held.seed != seed:
-                what = "registered" if seed else "replicated"
-                raise ObjectNotFound(f"object {name!r} was not {what} by {self.name!r}, or not wholly yet")
-            del self._held[name]
-        self._let_go(held)
+        self._holdings.drop(name, seed=False)
 
     # --- for those who want one -----------------------------------------------------------------------------
 
@@ -259,18 +219,20 @@ class P2PStore:
         if byte_range is not None:
             return self._get_range(manifest, out, byte_range, deadline, cancel, progress)
         buffers, arrays = self._receivers(manifest, out)
-        held = _Held(manifest, arrays, [], False, np.zeros(manifest.shards, bool), busy=True)
-        self._hold(name, held)
+        held = Held(manifest, arrays, [], False, np.zeros(manifest.shards, bool), busy=True)
+        self._holdings.add(name, held)
         try:
             if out is None:
                 held.registered = [buffer for buffer in buffers if isinstance(buffer, np.ndarray)]
             else:
-                self._register_memory(held, [b for b, size in zip(buffers, manifest.sizes, strict=True) if size])
+                self._holdings.register_memory(
+                    held, [b for b, size in zip(buffers, manifest.sizes, strict=True) if size]
+                )
             if have is not None:
                 held.have[:] = have(manifest, arrays)
             result = self._pull(held, deadline, cancel, progress, on_shard)
         except BaseException:
-            self._release(name, held)
+            self._holdings.release(name, held)
             raise
         held.busy = False
         return Replica(manifest, arrays, result)
@@ -326,7 +288,7 @@ class P2PStore:
 
     def _pull(
         self,
-        held: _Held,
+        held: Held,
         deadline: float | None,
         cancel: threading.Event | None,
         progress: OnProgress | None,
@@ -342,19 +304,19 @@ class P2PStore:
                 held.announcer.changed()
 
         wanted = np.ones(manifest.shards, bool)
-        held.board = Board(self._boards.take(board_size(manifest.shards)), held.have)
+        held.board = Board(self._holdings.boards.take(board_size(manifest.shards)), held.have)
         held.pull = Pull(
             self.engine,
             manifest,
             Memory(held.arrays),
-            self._host,
+            self._holdings.host,
             wanted,
             held.have,
             verified,
             self._copies,
             held.board,
         )
-        self._offer(held)
+        self._holdings.offer(held)
         self._run(held, deadline, cancel, progress)
         assert held.announcer is not None
         result, held.pull = held.pull.progress, None
@@ -363,7 +325,7 @@ class P2PStore:
         return result
 
     def _run(
-        self, held: _Held, deadline: float | None, cancel: threading.Event | None, progress: OnProgress | None
+        self, held: Held, deadline: float | None, cancel: threading.Event | None, progress: OnProgress | None
     ) -> None:
         assert held.pull is not None
         try:
@@ -390,32 +352,21 @@ class P2PStore:
         else:
             arrays = [self._range_receiver(manifest, out, begin, end)]
             buffers = [*arrays]
-        held = _Held(manifest, arrays, [], False, np.ones(len(checkpoint.shards), bool), busy=True)
-        self._hold(manifest.name, held)
+        held = Held(manifest, arrays, [], False, np.ones(len(checkpoint.shards), bool), busy=True)
+        self._holdings.add(manifest.name, held)
         try:
             if out is None and byte_range is None:
                 held.registered = [buffer for buffer in buffers if isinstance(buffer, np.ndarray)]
             else:
-                self._register_memory(held, [b for b, a in zip(buffers, arrays, strict=True) if a.nbytes])
+                self._holdings.register_memory(held, [b for b, a in zip(buffers, arrays, strict=True) if a.nbytes])
             result = Fetch(self.engine, checkpoint, Memory(arrays, begin)).run(deadline, cancel, progress)
         except BaseException:
-            self._release(manifest.name, held)
+            self._holdings.release(manifest.name, held)
             raise
         if byte_range is not None:
-            self._release(manifest.name, held)
+            self._holdings.release(manifest.name, held)
         held.busy = False
         return Replica(manifest, arrays, result)
-
-    def _hold(self, name: str, held: _Held) -> None:
-        with self._lock:
-            if name in self._held:
-                raise P2PError(f"object {name!r} is held by {self.name!r} already: delete_replica() it first")
-            self._held[name] = held
-
-    def _release(self, name: str, held: _Held) -> None:
-        with self._lock:
-            del self._held[name]
-        self._let_go(held)
 
     def _range_receiver(self, manifest: Manifest, out: object, begin: int, end: int) -> Bytes:
         """Where bytes `begin` to `end` of the object go. Raises SizeMismatch."""
@@ -446,16 +397,18 @@ class P2PStore:
         low, high = manifest.span(first)[0], max(end, manifest.span(last - 1)[1]) if end > begin else end
         head, tail = np.empty(begin - low, np.uint8), np.empty(high - end, np.uint8)
         pieces = [array for array in (head, target, tail) if array.nbytes]
-        held = _Held(manifest, [], pieces, False, np.zeros(manifest.shards, bool))
+        held = Held(manifest, [], pieces, False, np.zeros(manifest.shards, bool))
         self.engine.register_many(pieces, remote_accessible=False)
         try:
             memory = Memory([head, target, tail], low)
-            held.pull = Pull(self.engine, manifest, memory, self._host, wanted, held.have, lambda _: None, self._copies)
-            self._follow(held)
+            held.pull = Pull(
+                self.engine, manifest, memory, self._holdings.host, wanted, held.have, lambda _: None, self._copies
+            )
+            self._holdings.follow(held)
             self._run(held, deadline, cancel, progress)
             return Replica(manifest, [target], held.pull.progress)
         finally:
-            self._let_go(held)
+            self._holdings.let_go(held)
 
     # --- for all --------------------------------------------------------------------------------------------
 
@@ -465,14 +418,14 @@ class P2PStore:
 
     def holders(self, name: str) -> builtins.list[Holder]:
         """Records of the others that hold or pull the object which this store holds. Raises ObjectNotFound."""
-        return [*self._find(name).records.values()]
+        return [*self._holdings.find(name).records.values()]
 
     def wait_unused(self, name: str, quiet: float, timeout: float) -> bool:
         """Wait until for `quiet` seconds nobody has been pulling the object from here; False after `timeout` seconds.
 
         Raises ObjectNotFound.
         """
-        held, end, since = self._find(name), time.monotonic() + timeout, time.monotonic()
+        held, end, since = self._holdings.find(name), time.monotonic() + timeout, time.monotonic()
         while (now := time.monotonic()) - since < quiet:
             if now > end:
                 return False
@@ -481,28 +434,15 @@ class P2PStore:
             time.sleep(min(0.05, quiet))
         return True
 
-    def _find(self, name: str) -> _Held:
-        with self._lock:
-            held = self._held.get(name)
-        if held is None:
-            raise ObjectNotFound(f"object {name!r} is not held by {self.name!r}")
-        return held
-
     def allocate(self, nbytes: int) -> Bytes:
         """Memory that peers of this host can map. It stays until the engine unregisters it, or is closed."""
         return self.engine.allocate(nbytes)
 
     def close(self) -> None:
         """Withdraw everything; peers that still pull from here go elsewhere. Idempotent; never raises."""
-        with self._lock:
-            held, self._held = [*self._held.values()], {}
-        for one in held:
-            try:
-                self._let_go(one)
-            except MooncakeError as error:
-                log.warning("closing: %s", error)
+        self._holdings.close()
         self._stack.close()
-        for pool in (self._boards, self._copies):
+        for pool in (self._holdings.boards, self._copies):
             pool.clear()
 
     def __enter__(self) -> Self:
@@ -512,113 +452,3 @@ class P2PStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    # --- inside ---------------------------------------------------------------------------------------------
-
-    def _register_memory(self, held: _Held, buffers: Sequence[object]) -> None:
-        """Register what does not lie in memory that `allocate` made, which is registered."""
-        fresh = []
-        for buffer in buffers:
-            view = describe(buffer)
-            if containing(view.address, view.nbytes) is None:
-                fresh.append(buffer)
-        self.engine.register_many(fresh)
-        held.registered = [as_bytes(buffer) for buffer in fresh]
-
-    def _unregister_memory(self, held: _Held) -> None:
-        registered, held.registered = held.registered, []
-        if registered:
-            self.engine.unregister_many(registered)
-
-    def _offer(self, held: _Held) -> None:
-        """Publish our record, and follow the others'."""
-        key = self._catalogue.holder_key(held.manifest, self.name)
-        held.announcer = Announcer(
-            self._catalogue.store, key, lambda: self._record(held), lambda: len(held.records) + 1
-        )
-        self._follow(held)
-        if held.seed:
-            held.announcer.finish(0.0)
-
-    def _record(self, held: _Held) -> Holder:
-        bases = tuple(int(array.ctypes.data) if array.nbytes else 0 for array in held.arrays)
-        pull, board = held.pull, held.board
-        sources: tuple[str, ...] = ()
-        if pull is not None:
-            with pull.lock:
-                sources = tuple(pull.swarm.fetching())
-        return Holder(
-            self.name,
-            self.engine.generation,
-            self._host,
-            bases,
-            held.have.copy(),
-            None if board is None else board.place,
-            sources,
-            held.seed,
-        )
-
-    def _follow(self, held: _Held) -> None:
-        held.watch = self._catalogue.store.watch(
-            self._catalogue.prefix(held.manifest.name), lambda changes: self._changed(held, changes)
-        )
-
-    def _changed(self, held: _Held, changes: Changes) -> None:
-        """The catalogue says something new of an object that we hold or pull."""
-        for key, text in changes.items():
-            _, version, segment = self._catalogue.split_key(key)
-            if version == CURRENT:
-                held.current = None if text is None else version_of(text)
-            elif version == held.manifest.version and segment != self.name:
-                self._record_changed(held, key, segment, text)
-        held.settled.set()
-        if held.current is None and not held.busy:
-            self._adopt(held)
-
-    def _record_changed(self, held: _Held, key: str, segment: str, text: str | None) -> None:
-        if text is None:
-            held.records.pop(segment, None)
-            if held.pull is not None:
-                held.pull.forget(segment)
-            return
-        try:
-            holder = Holder.from_json(text, key)
-        except MetadataError as error:
-            log.warning("%s", error)
-            return
-        held.records[segment] = holder
-        if held.pull is not None:
-            held.pull.see(holder)
-
-    def _adopt(self, held: _Held) -> None:
-        """The process that published the object has gone: whoever is left keeps it alive."""
-        with self._lock:
-            if self._held.get(held.manifest.name) is not held or not held.have.all():
-                return
-        try:
-            self._catalogue.adopt(held.manifest)
-        except MooncakeError as error:
-            log.warning("object %r: cannot keep it alive: %s", held.manifest.name, error)
-
-    def _let_go(self, held: _Held) -> None:
-        """Withdraw our record and what else is ours; on return nobody reads the memory any more."""
-        if held.watch is not None:
-            held.watch.close()
-        if held.announcer is not None:
-            held.announcer.finish(LAST_WORDS)
-            try:
-                self._catalogue.store.withdraw(self._catalogue.holder_key(held.manifest, self.name))
-                self._catalogue.withdraw(held.manifest)
-            except MetadataError as error:
-                log.warning("object %r: records stay until our lease ends: %s", held.manifest.name, error)
-        if held.board is not None:
-            self._boards.give(held.board.memory)
-        self._unregister_memory(held)
-
-
-def host_identity() -> str:
-    """Equal for processes that can map each other's memory: same machine, network namespace and user."""
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        boot = file.read().strip()
-    text = f"{boot} {os.readlink('/proc/self/ns/net')} {os.getuid()}"
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -179,7 +179,7 @@ def test_many_readers_share(opener: Open) -> None:
     results: list[Progress] = []
     readers = [opener() for _ in range(4)]
     for reader in readers:
-        reader._host = reader.name  # as if on hosts of their own
+        reader._holdings.host = reader.name  # as if on hosts of their own
 
     def read(store: P2PStore) -> None:
         replica = store.get_replica("model", timeout=90)
