@@ -59,10 +59,10 @@ def parts(fast: bool, mpirun: str, openmpi: str, extra: list[str]) -> list[Part]
             command = [python, *pytest, *chosen, "--durations=8", *others]
             result.append(Part(name, [[*command, "--junitxml", str(OUT / name / "r.xml")]], 1200))
     p2p = [python, *pytest, *(["-m", "not slow"] if fast else []), "--durations=8", "tests/p2p"]
-    result.append(Part("p2p", [[*p2p, "--junitxml", str(OUT / "p2p" / "r.xml")]], 360))
+    result.append(Part("p2p", [[*p2p, "--junitxml", str(OUT / "p2p" / "r.xml")]], 600))
     if not fast:
         slurm = [python, *pytest, "--durations=8", "tests/slurm", "--junitxml", str(OUT / "slurm" / "r.xml")]
-        result.append(Part("slurm", [slurm], 360))
+        result.append(Part("slurm", [slurm], 600))
     for ranks in (2,) if fast else (1, 2, 4):
         result.append(mpi_part(f"mpi{ranks}", ranks, python, mpirun, fast, extra))
     if not fast:
