@@ -24,6 +24,7 @@ from mooncake_hpc.errors import ConfigError, MooncakeError
 T = TypeVar("T")
 FIRST_PORT = 12345  # default segment names under a launcher are <host>:<FIRST_PORT + rank>
 ARRIVAL = 1  # tag of the messages by which ranks arrive at rank 0
+FORWARDING = 0.3  # seconds for a launcher to pass on what a rank said: srun drops what it has not, when it kills a step
 POLL = (0.0002, 0.02)  # seconds between two tests of an MPI request: at first, and at most
 
 
@@ -282,6 +283,7 @@ class World:
         """End all ranks of the job at once with a non-zero exit code; does not return."""
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(FORWARDING)
         self._abort(code)
         os._exit(code)  # MPICH under srun returns, and leaves it to Slurm to kill us a little later
 

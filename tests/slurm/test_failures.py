@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sandbox import LOCKED, NODES, QUICK, Job, Sandbox, SiteEtcd, wait_until
 
-TIMEOUT, SETTLE = 5, 8  # seconds: --timeout and MOONCAKE_HPC_SETTLE of these jobs
+TIMEOUT, SETTLE = 5, 20  # seconds: --timeout and MOONCAKE_HPC_SETTLE of these jobs
 PATIENT = TIMEOUT + SETTLE  # a rank is waited for so long, on top of what it is to do
 SHUTDOWN = 15  # seconds that Slurm, mpi and a loaded machine may take on top
 UNWELL = str(Path(__file__).parent / "unwell")  # a PYTHONPATH that makes a rank fail, as the variable UNWELL says
