@@ -220,6 +220,7 @@ def test_keys_outlive_the_ttl_while_their_process_lives(etcd: EmbeddedEtcd, read
         assert reader.get("k") == "v"
 
 
+@pytest.mark.slow
 def test_keys_vanish_within_the_ttl_after_kill_9(etcd: EmbeddedEtcd, reader: MetadataStore) -> None:
     with Publisher(etcd.endpoint, "a=1", "b=2") as publisher:
         assert reader.list("") == {"a": "1", "b": "2"}
@@ -288,6 +289,7 @@ def test_etcd_dies_and_returns(tmp_path: Path) -> None:
         assert store.get("k") == "2"
 
 
+@pytest.mark.slow
 def test_no_etcd_is_an_error_within_the_deadline() -> None:
     endpoint = f"127.0.0.1:{free_port()}"
     with open_store(endpoint, dataclasses.replace(SETTINGS, metadata_timeout=0.5)) as store:

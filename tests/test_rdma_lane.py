@@ -156,6 +156,7 @@ def matrix(tmp_path: Path, near: str, other: str) -> str:
     return str(file)
 
 
+@pytest.mark.slow
 def test_other_devices_carry_only_when_the_near_one_is_gone(fabric: Fabric, tmp_path: Path) -> None:
     store = "memory://matrix"
     with (
@@ -175,6 +176,7 @@ def test_other_devices_carry_only_when_the_near_one_is_gone(fabric: Fabric, tmp_
             assert time.monotonic() < deadline
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [True, False], ids=["event", "no event"])
 @pytest.mark.parametrize("opcode", [READ, WRITE])
 def test_a_device_goes_while_it_carries(fabric: Fabric, opcode: int, told: bool) -> None:
@@ -202,6 +204,7 @@ def test_a_device_goes_while_it_carries(fabric: Fabric, opcode: int, told: bool)
             time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_with_every_path_gone_the_first_cause_is_told(fabric: Fabric) -> None:
     with pair("a", "b") as link:
         link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
@@ -239,6 +242,7 @@ def test_a_gid_that_does_not_connect_is_replaced_and_published(fabric: Fabric) -
         assert published.startswith("02:02")
 
 
+@pytest.mark.slow
 def test_a_post_that_fails_half_way(fabric: Fabric) -> None:
     with pair("a", "b") as link:
         link.ours[:] = pattern(8, SIZE)
@@ -249,6 +253,7 @@ def test_a_post_that_fails_half_way(fabric: Fabric) -> None:
         assert (link.theirs == link.ours).all() and fabric.refuse_posts == 0
 
 
+@pytest.mark.slow
 def test_a_device_that_gives_nothing_back(fabric: Fabric) -> None:
     """Its queue pairs are destroyed after a while: then it cannot touch the memory, and closing ends in time."""
     with pair("a", "b") as link:
@@ -265,6 +270,7 @@ def test_a_device_that_gives_nothing_back(fabric: Fabric) -> None:
 # --- peers and registrations ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_memory_registered_again_at_its_address(fabric: Fabric) -> None:
     """The key that we know is another registration's: refused, looked up again, good."""
     with pair("a", "b") as link:
@@ -319,6 +325,7 @@ def test_peers_of_another_protocol(fabric: Fabric, here: str, there: str) -> Non
         ours.open_segment("there:1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("there", ["rdma", "tcp", "auto"])
 def test_auto_speaks_with_all(fabric: Fabric, there: str) -> None:
     store = "memory://auto"
@@ -338,6 +345,7 @@ def test_auto_speaks_with_all(fabric: Fabric, there: str) -> None:
         assert segment.transport == {"rdma": "rdma", "tcp": "tcp", "auto": "shm+rdma+tcp"}[there]
 
 
+@pytest.mark.slow
 def test_a_peer_that_was_replaced(fabric: Fabric) -> None:
     store = "memory://replaced"
     with engine(store, "here:1", "a") as here:
@@ -353,6 +361,7 @@ def test_a_peer_that_was_replaced(fabric: Fabric) -> None:
                 here.write(spare, link.segment, link.segment.buffers[0].address)
 
 
+@pytest.mark.slow
 def test_more_peers_than_endpoints(fabric: Fabric) -> None:
     store = "memory://many"
     with contextlib.ExitStack() as stack:
@@ -370,6 +379,7 @@ def test_more_peers_than_endpoints(fabric: Fabric) -> None:
             time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_cancel_under_way(fabric: Fabric) -> None:
     """Nothing is touched afterwards, and the others' slices go on over new queue pairs."""
     with pair("a", "b") as link:
@@ -389,6 +399,7 @@ def test_cancel_under_way(fabric: Fabric) -> None:
         assert (link.theirs[SIZE // 2 :] == link.ours[SIZE // 2 :]).all() and (link.theirs[: SIZE // 2] == 55).all()
 
 
+@pytest.mark.slow
 def test_close_with_work_under_way(fabric: Fabric) -> None:
     with pair("a,b", "c,d") as link:
         link.here.write(link.ours, link.segment, link.theirs.ctypes.data)

@@ -147,6 +147,7 @@ def held_by(pool: WorkerPool, owner: int) -> bool:
     return bool((states & ring.OWNER_MASK == owner).any())
 
 
+@pytest.mark.slow
 def test_what_a_killed_worker_held_is_done_again() -> None:
     with MemoryFile(256 << 20) as memory, WorkerPool(1) as pool:
         wait_until_working(pool)
@@ -234,6 +235,7 @@ def test_close_leaves_nothing() -> None:
     assert state() == before
 
 
+@pytest.mark.slow
 def test_a_stuck_worker_does_not_hold_up_close(two: MemoryFile) -> None:
     pool = WorkerPool(1)
     wait_until_working(pool)
@@ -280,6 +282,7 @@ def test_a_forked_child_leaves_the_pool_alone(two: MemoryFile) -> None:
         assert alive(pool.pids[0]) and pool.verify(two.array, 8).wait() == 0
 
 
+@pytest.mark.slow
 def test_workers_survive_the_thread_that_started_them_and_ctrl_c(two: MemoryFile) -> None:
     pools: list[WorkerPool] = []
     thread = threading.Thread(target=lambda: pools.append(WorkerPool(1)))

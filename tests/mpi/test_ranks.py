@@ -37,7 +37,9 @@ def bench(tmp_path: Path, **changes: Any) -> tuple[int, list[str], dict[str, Any
 
 
 @pytest.mark.parametrize("operation", ["read", "write"])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    "pattern", [PATTERNS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in PATTERNS[1:])]
+)
 def test_patterns(tmp_path: Path, pattern: str, operation: str) -> None:
     code, lines, result, world = bench(tmp_path, pattern=pattern, operation=operation)
     assert code == 0
