@@ -19,11 +19,15 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from load import TICK
 
 from mooncake_hpc.metadata.embedded import EmbeddedEtcd
 from mooncake_hpc.metadata.store import open_store
+
+if TYPE_CHECKING:
+    from rdma_nursery import Nursery
 
 ROOT = Path(__file__).resolve().parent.parent
 OUR_BENCH = (str(ROOT / "launch" / "transfer_engine_bench"),)
@@ -79,10 +83,10 @@ def environment() -> dict[str, str]:
     return {**kept, "MC_TCP_BIND_ADDRESS": "127.0.0.1", "PYTHONUNBUFFERED": "1"}
 
 
-def cpu_of(pid: int) -> float:
-    """CPU seconds of a process so far, to 10 ms."""
+def cpu_of(pid: int, with_children: bool = False) -> float:
+    """CPU seconds of a process so far, and of its ended children, to 10 ms."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICK
+    return sum(int(field) for field in fields[11 : 15 if with_children else 13]) / TICK
 
 
 def run(command: list[str], timeout: float, env: dict[str, str] | None = None) -> tuple[str, float]:
@@ -105,6 +109,18 @@ def run(command: list[str], timeout: float, env: dict[str, str] | None = None) -
         raise Failed(f"exit code {code} of {' '.join(command)}:\n{text[-2000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return text, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def tried_again(measure: Callable[[int], Sample]) -> Sample:
+    """A sample by `measure`, which is told how often it failed before. Raises Failed after TRIES."""
+    failures = 0
+    while True:
+        try:
+            return measure(failures)
+        except Failed:
+            failures += 1
+            if failures == TRIES:
+                raise
 
 
 class Target:
@@ -158,6 +174,7 @@ class Stage:
         self._stack = ExitStack()
         self._etcd = self._stack.enter_context(EmbeddedEtcd())
         self._targets: dict[str, Target] = {}
+        self._nursery: Nursery | None = None
         self._numbers = itertools.count(12345)
 
     @property
@@ -171,8 +188,18 @@ class Stage:
         return (self._original, "--logtostderr")
 
     def cpu_seconds(self) -> float:
-        """CPU seconds that the running targets have used."""
-        return sum(cpu_of(target.pid) for target in self._targets.values())
+        """CPU seconds that the running targets, and what is forked, have used."""
+        forked = cpu_of(self._nursery.pid, True) if self._nursery else 0.0
+        return forked + sum(cpu_of(target.pid) for target in self._targets.values())
+
+    @property
+    def nursery(self) -> Nursery:
+        """Where initiators are forked from that need not start; made when it is first asked for."""
+        if self._nursery is None:
+            from rdma_nursery import Nursery
+
+            self._nursery = self._stack.enter_context(Nursery())
+        return self._nursery
 
     def unused_name(self) -> str:
         return f"127.0.0.1:{next(self._numbers)}"
@@ -219,10 +246,14 @@ class Contender(ABC):
         words += [f"--segment_id={target.name}", f"--local_server_name={self._stage.unused_name()}"]
         words += [f"--buffer_size={load.footprint}", f"--duration={seconds:g}"]
         before = cpu_of(target.pid)
-        text, cpu = run(words, seconds + EXTRA_TIMEOUT)
+        text, cpu = self._run(words, seconds + EXTRA_TIMEOUT)
         if "FAILED" in text:
             raise Failed(f"{' '.join(words)}:\n{text[-2000:]}")
         return _Run(text, cpu, cpu_of(target.pid) - before)
+
+    def _run(self, command: list[str], timeout: float) -> tuple[str, float]:
+        """An initiator's output and CPU seconds. Raises Failed."""
+        return run(command, timeout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,14 +289,7 @@ class Original(Contender):
     """The original's initiator against its own target."""
 
     def measure(self, load: Load, seconds: float) -> Sample:
-        failures = 0
-        while True:
-            try:
-                return self._measure(load, seconds, failures)
-            except Failed:
-                failures += 1
-                if failures == TRIES:
-                    raise
+        return tried_again(lambda failures: self._measure(load, seconds, failures))
 
     def _measure(self, load: Load, seconds: float, failures: int) -> Sample:
         whole = max(1, round(seconds))  # its --duration is an integer

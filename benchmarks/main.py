@@ -28,13 +28,16 @@ def own_seconds(stage: Stage) -> float:
     return sum(part.ru_utime + part.ru_stime for part in parts) + stage.cpu_seconds()
 
 
-def run_case(case: Case, stage: Stage, pairs: int, seconds: float, tell: Callable[[str], None]) -> CaseResult:
-    """All rounds of a case. A contender that fails ends it, and is told in the result."""
+def run_case(
+    case: Case, stage: Stage, pairs: int, seconds: float, tell: Callable[[str], None], interrupts: bool = True
+) -> CaseResult:
+    """All rounds of a case. A contender that fails ends it, and is told in the result. `interrupts`: whether what they
+    cost may be others' work, as it is not where devices are made of software."""
     result = CaseResult(case)
     contenders: dict[str, Contender] = {name: make(stage) for name, make in case.contenders.items()}
     try:
         for number in range(pairs):
-            watch = Watch(lambda: own_seconds(stage))
+            watch = Watch(lambda: own_seconds(stage), interrupts)
             seen = {}
             for name, contender in contenders.items():
                 tell(f"{case.name}: round {number + 1} of {pairs}, {name}")
@@ -113,7 +116,7 @@ def measure(options: argparse.Namespace, cases: list[Case], with_facts: bool, re
     with Stage(options.original, largest) as stage:
         for case in cases:
             calm(0.1, options.calm, tell)
-            results.cases.append(run_case(case, stage, options.pairs, options.seconds, tell))
+            results.cases.append(run_case(case, stage, options.pairs, options.seconds, tell, options.suite == "tcp"))
             say(progress_line(results.cases[-1]))
         if with_facts:
             tell(f"{FACTS}: {options.batches} batches")

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from contenders import Contender, Failed, Load, Sample, Stage, Target, environment, run
+from contenders import Contender, Failed, Load, Sample, Stage, Target, environment, run, tried_again
 
 OUR_BENCH = (sys.executable, "-m", "mooncake_hpc", "bench")
 PERFTEST_LINE = re.compile(r"^\s*(\d+)\s+(\d+)\s+[\d.]+\s+[\d.]+\s+([\d.]+)\s*$", re.M)  # bytes, iterations, …, M/s
@@ -46,9 +46,15 @@ class Ours(Contender):
             latency["p50"], latency["p99"],
         )  # fmt: skip
 
+    def _run(self, command: list[str], timeout: float) -> tuple[str, float]:
+        variables = dict(word.split("=", 1) for word in self._variables())
+        return self._stage.nursery.run(command[command.index("bench") :], variables, timeout)
+
     def _on(self, devices: str) -> tuple[str, ...]:
-        variables = (f"MC_NUM_QP_PER_EP={self._queue_pairs}", "MC_GID_INDEX=1")
-        return ("env", *variables, *self.command, "--protocol=rdma", f"--device_name={devices}")
+        return ("env", *self._variables(), *self.command, "--protocol=rdma", f"--device_name={devices}")
+
+    def _variables(self) -> tuple[str, str]:
+        return f"MC_NUM_QP_PER_EP={self._queue_pairs}", "MC_GID_INDEX=1"
 
     def _target(self) -> Target:
         key = f"{self.name}/{self._receivers}/{self._queue_pairs}"
@@ -65,6 +71,12 @@ class Original(Ours):
         self.command = stage.original_bench
 
     def measure(self, load: Load, seconds: float) -> Sample:
+        return tried_again(lambda failures: self._measure(load, seconds, failures))
+
+    def _run(self, command: list[str], timeout: float) -> tuple[str, float]:
+        return run(command, timeout)
+
+    def _measure(self, load: Load, seconds: float, failures: int) -> Sample:
         whole = max(1, round(seconds))  # its --duration is an integer
         done = self._initiate(self._on(self._senders), self._target(), load, whole)
         found = RESULT.search(done.text)
@@ -72,16 +84,16 @@ class Original(Ours):
             raise Failed(f"the original's bench reports nothing:\n{done.text[-2000:]}")
         requests, elapsed = int(found[2]) * load.batch, float(found[1])
         moved = requests * load.block
-        return Sample(moved / elapsed, requests / elapsed, (done.initiator_cpu + done.target_cpu) / (moved / 1e9))
+        cpu = done.initiator_cpu + done.target_cpu
+        return Sample(moved / elapsed, requests / elapsed, cpu / (moved / 1e9), failures=failures)
 
 
 class Lane(Contender):
     """rdma_lane.py: our lane's loop without the bench, as many requests under way as the load's batch has."""
 
     def measure(self, load: Load, seconds: float) -> Sample:
-        program = Path(__file__).with_name("rdma_lane.py")
-        command = [sys.executable, str(program), load.operation, str(load.block), str(seconds), str(load.batch)]
-        text, _ = run(command, RUN_TIMEOUT)
+        command = ["lane", load.operation, str(load.block), str(seconds), str(load.batch)]
+        text, _ = self._stage.nursery.run(command, {}, RUN_TIMEOUT)
         told = json.loads(text.splitlines()[-1])
         return Sample(told["bytes_per_second"], told["requests_per_second"], told["cpu_seconds_per_gb"])
 

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -55,6 +56,11 @@ def measure(opcode: int, size: int, seconds: float, depth: int) -> dict[str, flo
     }
 
 
-if __name__ == "__main__":
-    operation, size, seconds, depth = sys.argv[1:]
+def main(arguments: Sequence[str]) -> int:
+    operation, size, seconds, depth = arguments
     print(json.dumps(measure({"read": READ, "write": WRITE}[operation], int(size), float(seconds), int(depth))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -116,7 +116,7 @@ class TransferEngine:
         self.name = self._directory.name
         self._own = SegmentDescriptor(self.name, generation=generation)
         for transport in self._transports:
-            transport.start(self.name, self._republish)
+            transport.start(self.name, self._republish, self._directory.lookup)
         handlers = Handlers(
             generation, self._directory.metadata_reply, self._notifications.put, self._fence, self._answer
         )

@@ -224,12 +224,29 @@ class QueuePair:
         while self.waiting and not (fabric.silent and self.broken):
             if fabric.held and not self.broken:
                 return
-            work = self.waiting.popleft()
-            status = layout.FLUSHED if self.broken else self._carry(work)
-            if status != layout.SUCCESS:
-                self.broken = True
-            if status != layout.SUCCESS or work.signalled:
-                self.queue.push(work.number, status)
+            self._next()
+
+    def advance(self, count: int) -> None:
+        """Carry out so many of those that are held."""
+        for _ in range(min(count, len(self.waiting))):
+            self._next()
+
+    def fail(self, landed: bool) -> None:
+        """The first of those that are held gets no answer, though its bytes may be there: the others are flushed."""
+        work = self.waiting.popleft()
+        if landed:
+            self._carry(work)
+        self.broken = True
+        self.queue.push(work.number, RETRY_EXCEEDED)
+        self.work()
+
+    def _next(self) -> None:
+        work = self.waiting.popleft()
+        status = layout.FLUSHED if self.broken else self._carry(work)
+        if status != layout.SUCCESS:
+            self.broken = True
+        if status != layout.SUCCESS or work.signalled:
+            self.queue.push(work.number, status)
 
     def _carry(self, work: Work) -> int:
         other = fabric.pairs.get(self.peer)

@@ -64,6 +64,7 @@ ABSENT, LIVE, BAD, DEAD = 0, 1, 2, 3
 QP, QP_POST = 0, 8  # ibv_qp, address of a function
 QP_POSTED, QP_RETIRED, QP_DEPTH = 16, 24, 32  # counts since the start; size of the ring, a power of 2
 QP_WRS, QP_SLOTS = 40, 48  # the ring's struct ibv_send_wr; for each (slice, entry number)
+QP_CUT = 56  # 1: the device took part of a chain; the last that counts as posted is the one that it refused
 QP_WORDS = 8
 
 CHAIN, CHAIN_BYTES = 16, 256 << 10  # work requests, bytes of one post

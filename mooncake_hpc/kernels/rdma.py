@@ -105,7 +105,7 @@ from mooncake_hpc.kernels.rails import (
     retire_entries,
     spoil,
 )
-from mooncake_hpc.kernels.rdma_post import post
+from mooncake_hpc.kernels.rdma_post import post, post_ends
 from mooncake_hpc.kernels.verbs import (
     FLUSHED,
     LOCAL_PROTECTION,
@@ -363,4 +363,4 @@ def attend(lane):
         head = load(lane + HEAD)
 
 
-KERNELS = (drive, attend, spoil, settle, take_back, fail_queue, drop_cancelled)  # what Python calls
+KERNELS = (drive, attend, spoil, settle, post_ends, take_back, fail_queue, drop_cancelled)  # what Python calls

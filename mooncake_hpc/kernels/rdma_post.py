@@ -18,6 +18,7 @@ from mooncake_hpc.kernels.rails import (
     LOCAL_KEY,
     LOCAL_KEYS,
     QP,
+    QP_CUT,
     QP_DEPTH,
     QP_POST,
     QP_POSTED,
@@ -170,6 +171,9 @@ def _post_chain(lane, rail, qp, count):
     bad = get(lane + BAD_WR)
     if bad != 0:  # this one and those behind it are not the device's
         kept = ((bad - wrs) // WR - posted) & mask
+        if kept > 0:  # those before it are unsignalled: it stays as their end, see `post_ends`
+            kept += 1
+            put(qp + QP_CUT, 1)
         for position in range(posted + kept, posted + count):
             slot = get(qp + QP_SLOTS) + 16 * (position & mask)
             again(lane, get(slot + 8), get(slot))
@@ -178,6 +182,20 @@ def _post_chain(lane, rail, qp, count):
         put(rail + RAIL_OUT, get(rail + RAIL_OUT) - (count - kept))
     spoil(lane, rail, -code, 0)
     return False
+
+
+@kernel
+def post_ends(lane, rail):
+    """Post what ends a chain that was taken in part, to queue pairs in ERR (the lane's owner only): it comes back as
+    flushed, and tells of the unsignalled ones before it, of which those that were carried out would say nothing."""
+    for number in range(get(rail + RAIL_QP_COUNT)):
+        qp = get(get(rail + RAIL_QPS) + 8 * number)
+        if get(qp + QP_CUT) != 0:
+            put(qp + QP_CUT, 0)
+            end = get(qp + QP_WRS) + WR * ((get(qp + QP_POSTED) - 1) & (get(qp + QP_DEPTH) - 1))
+            put(end + WR_NEXT, 0)  # the ring is not used again
+            put(end + WR_FLAGS, SIGNALED)
+            call3(get(qp + QP_POST), get(qp + QP), end, lane + BAD_WR)
 
 
 @kernel

@@ -232,9 +232,10 @@ class Node:
             connection.stop()
         return len(connections)
 
-    def hammer(self, segment: str, address: int, length: int, write: bool) -> None:
-        """Transfer the same range over and over from a thread, until `stop_hammer` or an error."""
+    def hammer(self, segment: str, address: int, length: int, write: bool, value: int = 0) -> None:
+        """Transfer the same range over and over from a thread, until `stop_hammer` or an error; bytes are `value`."""
         memory = self._engine.allocate(length)
+        memory[:] = value
         self._memory[memory.ctypes.data] = memory
         target = self._engine.open_segment(segment)
         record = (WRITE if write else READ, target.id, memory.ctypes.data, address, length)

@@ -117,8 +117,9 @@ class Transport(ABC):
     def export(self, registrations: Sequence[Registration], *, shrinks: bool) -> None:
         """Serve exactly these from now on; with `shrinks`, return only once no peer can touch the others any more."""
 
-    def start(self, name: str, changed: Callable[[], None]) -> None:
-        """Before all else: the name that we publish, and what to call when `describe` has something new to say."""
+    def start(self, name: str, changed: Callable[[], None], lookup: Callable[[str], SegmentDescriptor]) -> None:
+        """Before all else: the name that we publish, what to call when `describe` has something new to say, and what
+        gives the present descriptor of any segment (raises MetadataError and its kind)."""
         return
 
     def buffers(self, buffers: tuple[BufferDescriptor, ...]) -> tuple[BufferDescriptor, ...]:

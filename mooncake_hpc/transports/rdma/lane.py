@@ -12,7 +12,7 @@ import numpy as np
 
 from mooncake_hpc.errors import DeviceError, MooncakeError, PeerLost
 from mooncake_hpc.kernels import lane as layout
-from mooncake_hpc.kernels import rails, slicer
+from mooncake_hpc.kernels import rails, rdma_post, slicer
 from mooncake_hpc.kernels import rdma as native
 from mooncake_hpc.kernels import verbs as verbs_layout
 from mooncake_hpc.segment import SegmentDescriptor
@@ -204,6 +204,7 @@ class RdmaLane(Lane):
             rail.flush(self.address)
             while True:
                 with own():
+                    rdma_post.post_ends(self.address, rail.address)
                     native.settle(self.address)
                     if rail.state != rails.DEAD and time.monotonic() - rail.flushed_at > FLUSH_TIMEOUT:
                         log.warning("%s: what was under way does not come back", rail.explain())

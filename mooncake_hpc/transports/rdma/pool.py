@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from mooncake_hpc.errors import DeviceError, MooncakeError, PeerLost
+from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.settings import RdmaSettings
 from mooncake_hpc.transports.base import Peer
 from mooncake_hpc.transports.rdma.endpoint import READY_TIMEOUT, Endpoint
@@ -34,6 +35,7 @@ class Pool:
         self._known: list[Sieve[str, Endpoint]] = [Sieve(_used) for _ in nics]  # by device; by the peer's path
         self._closed = False
         self.server = ""  # the first half of our NIC paths
+        self.lookup: Callable[[str], SegmentDescriptor] | None = None  # of any segment
 
     # --- active ---------------------------------------------------------------------------------------------
 
@@ -70,7 +72,7 @@ class Pool:
                 return endpoint.connected
             reply = answer
         if not reply.gid:
-            reply = replace(reply, gid=_published_gid(peer, device))
+            reply = replace(reply, gid=_published_gid(peer.descriptor, device))
         try:
             with endpoint.lock:
                 if endpoint.gone or (endpoint.peer_numbers and not endpoint.belongs_to(reply)):
@@ -129,6 +131,9 @@ class Pool:
             )
         if request.ready:
             return self._take_confirmation(nic, request)
+        if not request.gid and self.lookup is not None:
+            server, _, device = request.local_path.rpartition("@")
+            request = replace(request, gid=_published_gid(self.lookup(server), device))
         with self._lock:
             known = self._known[nic.index].get(request.local_path)
         if known is not None and known.peer_numbers and not known.belongs_to(request):
@@ -222,7 +227,7 @@ def _used(endpoint: Endpoint) -> bool:
     return used
 
 
-def _published_gid(peer: Peer, device: str) -> bytes:
-    """For originals before 0.3.11, whose answers have none."""
-    text = next((d.gid for d in peer.descriptor.devices if d.name == device), "")
+def _published_gid(descriptor: SegmentDescriptor, device: str) -> bytes:
+    """For originals before 0.3.11, whose handshakes have none."""
+    text = next((d.gid for d in descriptor.devices if d.name == device), "")
     return bytes.fromhex(text.replace(":", ""))

@@ -52,8 +52,8 @@ class RdmaTransport(Transport):
             raise
         self.pool = Pool(self.nics, settings.rdma, self._republish)
 
-    def start(self, name: str, changed: Callable[[], None]) -> None:
-        self._changed = changed
+    def start(self, name: str, changed: Callable[[], None], lookup: Callable[[str], SegmentDescriptor]) -> None:
+        self._changed, self.pool.lookup = changed, lookup
         self.pool.server = self._settings.rdma.server_name or name
         for nic in self.nics:
             nic.watch(self._nic_changed)
