@@ -52,7 +52,7 @@ def unlimited(options: argparse.Namespace, results: Results, tell: Tell) -> None
         for number in range(options.rounds):
             calm(0.15, options.calm, tell)
             seen: Round = {"tcp": one_reader_tcp(stage, size), "bench": bench_tcp(stage, size)}
-            seen["shm"], seen["copyto"] = readers_of_one_host(READERS, size // 2)
+            seen["shm"], seen["copyto"] = readers_of_one_host(READERS, 2 * size)
             results.host.append(seen)
             told = ", ".join(f"{name} {sample.rate / 1e9:.2f} GB/s" for name, sample in seen.items())
             tell(f"round {number + 1} of {options.rounds}: {told}")

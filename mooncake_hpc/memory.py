@@ -119,6 +119,12 @@ class MemoryFile:
             self.close()
 
 
+def data_address(array: npt.NDArray[Any]) -> int:
+    """Where its first element is; as `array.ctypes.data`, which takes ten times as long."""
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
 def containing(address: int, nbytes: int) -> MemoryFile | None:
     """The open memory file of this process in which these bytes lie."""
     for reference in _open.valuerefs():

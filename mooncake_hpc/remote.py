@@ -6,6 +6,9 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from mooncake_hpc.control import client
 from mooncake_hpc.control.directory import Directory
 from mooncake_hpc.control.frames import Kind
@@ -98,6 +101,15 @@ class Segment:
     def notify(self, sender: str, text: str) -> None:
         """Hand it a text. Raises PeerLost, TransferError."""
         client.notify(self._rpc_address, sender, text, self._settings.metadata_timeout, self._settings)
+
+    def mapped(self, address: int, nbytes: int) -> npt.NDArray[np.uint8] | None:
+        """These bytes of the peer's memory in place, read-only: what it writes is seen. None where this process cannot
+        map them: the peer is on another host, or they are not (any more) registered memory that it allocated.
+
+        They stay mapped as long as the array is held, whatever the peer does.
+        """
+        found = (route.mapped(address, nbytes) for route in self.routes)
+        return next((array for array in found if array is not None), None)
 
     def close(self) -> None:
         for route in self.routes:

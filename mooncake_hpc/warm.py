@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from mooncake_hpc.engine import TransferEngine
+from mooncake_hpc.kernels import xxh3
+from mooncake_hpc.memory import data_address
 from mooncake_hpc.workers.pool import WorkerPool
 
 SIZE = 64 << 10  # bytes moved by each transport: the kernels do not care
@@ -69,3 +71,4 @@ def _prepare() -> None:
     with WorkerPool(1) as pool:
         for job in (pool.touch(array), pool.checksum(array), pool.fill(array, 1), pool.verify(array, 1)):
             job.wait(TIMEOUT)
+    xxh3.copy_and_digest(np.array([(data_address(array), data_address(array), SIZE)], np.int64))

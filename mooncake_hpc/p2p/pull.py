@@ -19,7 +19,6 @@ import numpy as np
 from mooncake_hpc.errors import IntegrityError, MooncakeError, ObjectNotFound, TransferCancelled, TransferTimeout
 from mooncake_hpc.p2p.board import Board, MemoryPool, board_size, by_source, source_id
 from mooncake_hpc.p2p.catalogue import Holder
-from mooncake_hpc.p2p.digests import hashers
 from mooncake_hpc.p2p.layout import Memory
 from mooncake_hpc.p2p.manifest import Manifest
 from mooncake_hpc.p2p.source import Job, Worker
@@ -90,9 +89,9 @@ class Pull:
         self._on_shard, self._copies, self._board = on_shard, copies, board
         spans = np.array([manifest.span(shard) for shard in range(manifest.shards)], np.int64).reshape(-1, 2)
         self.swarm = Swarm(engine.name, host, spans[:, 1] - spans[:, 0], wanted, have)
-        self._new_hasher = hashers(manifest.algorithm)
         self.lock = threading.Condition()
         self._changed = True
+        self._copying = False  # all is being copied within this host: nothing to hand out until that ends
         self._holders: dict[str, Holder] = {}
         self._names: dict[int, str] = {source_id(engine.name): engine.name}  # by what stands for them in boards
         self._workers: dict[str, Worker] = {}
@@ -213,6 +212,9 @@ class Pull:
 
     def _hand_out(self, now: float) -> None:
         swarm = self.swarm
+        self._copying = swarm.copying(now)
+        if self._copying:
+            return
         if swarm.needs_news:
             for name, holder in self._holders.items():
                 if holder.board is not None and name not in self._workers:
@@ -229,7 +231,7 @@ class Pull:
         worker = self._workers.get(name)
         if worker is None:
             copy = self._copies.take(board_size(self._manifest.shards))
-            worker = Worker(self._engine, self._holders[name], self._manifest.sizes, copy, self)
+            worker = Worker(self._engine, self._holders[name], self._manifest, copy, self)
             self._workers[name] = worker
         return worker
 
@@ -244,7 +246,7 @@ class Pull:
                 return None
             target = scratch
             self.progress.raced += 1
-        job = Job(shard, begin, end, target, self._new_hasher())
+        job = Job(shard, begin, end, target)
         self.swarm.begin(name, shard, now)
         self._jobs.setdefault(shard, []).append(job)
         if self._board is not None:
@@ -316,8 +318,8 @@ class Pull:
         with self.lock:
             self.swarm.received(source, nbytes, time.monotonic())
 
-    def complete(self, source: str, job: Job) -> None:
-        if job.hasher.digest() != self._manifest.digest(job.shard):
+    def complete(self, source: str, job: Job, digest: bytes) -> None:
+        if digest != self._manifest.digest(job.shard):
             self._refuse(source, job)
             return
         if job.target is not self._memory and not self._win(job):
@@ -332,7 +334,8 @@ class Pull:
                 other.abandoned = True
             if news:
                 self._count(source, job)
-            self._wake()
+            if not self._copying or self.progress.shards_done == self.progress.shards:
+                self._wake()
         if news:
             self._on_shard(job.shard)
 
@@ -378,14 +381,14 @@ class Pull:
 
     def dropped(self, source: str, job: Job) -> None:
         with self.lock:
-            self.swarm.given_up(source, job.shard, job.end - job.hashed)
+            self.swarm.given_up(source, job.shard, job.left)
             self._forget(source, job)
             self._wake()
 
     def failed(self, source: str, jobs: list[Job], error: MooncakeError) -> None:
         log.info("object %r: %s: %s", self._manifest.name, source, error)
         with self.lock:
-            left = sum(job.end - job.hashed for job in jobs)
+            left = sum(job.left for job in jobs)
             self.swarm.failed(source, [job.shard for job in jobs], left, time.monotonic())
             for job in jobs:
                 self._forget(source, job)

@@ -1,7 +1,8 @@
 """What fetches shards from one source: a thread that keeps a few pieces under way and hashes each as it arrives.
 
 A *piece* is a part of a shard that fits the cache, read by one batch. While one is hashed the next ones are on the
-wire. The same thread reads the source's board now and then, as long as the source does not hold everything.
+wire. From a source whose memory is mapped here shards are copied instead, one after the other. The same thread reads
+the source's board now and then, as long as the source does not hold everything.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import numpy as np
 from mooncake_hpc.errors import MooncakeError, PeerLost, TransferError
 from mooncake_hpc.p2p.board import read_board
 from mooncake_hpc.p2p.catalogue import Holder
-from mooncake_hpc.p2p.digests import Hasher
+from mooncake_hpc.p2p.copying import Copier
+from mooncake_hpc.p2p.digests import Hasher, hashers
 from mooncake_hpc.p2p.layout import Bytes, Layout, Memory, pair
+from mooncake_hpc.p2p.manifest import Manifest
 from mooncake_hpc.p2p.swarm import Bits
 from mooncake_hpc.request import READ, REQUEST
 
@@ -46,7 +49,7 @@ class Job:
     begin: int
     end: int
     target: Memory
-    hasher: Hasher
+    hasher: Hasher | None = None  # of what came in pieces
     asked: int = 0  # first byte not yet asked for
     hashed: int = 0  # first byte not yet hashed
     abandoned: bool = False  # another source was faster
@@ -54,6 +57,11 @@ class Job:
 
     def __post_init__(self) -> None:
         self.asked = self.hashed = self.begin
+
+    @property
+    def left(self) -> int:
+        """Bytes that have not come."""
+        return self.end - self.hashed
 
 
 @dataclass(slots=True)
@@ -80,7 +88,7 @@ class Listener(Protocol):
 
     def arrived(self, source: str, nbytes: int) -> None: ...
 
-    def complete(self, source: str, job: Job) -> None: ...
+    def complete(self, source: str, job: Job, digest: bytes) -> None: ...
 
     def dropped(self, source: str, job: Job) -> None: ...
 
@@ -100,7 +108,7 @@ class Worker:
         self,
         engine: TransferEngine,
         holder: Holder,
-        sizes: tuple[int, ...],
+        manifest: Manifest,
         copy: Bytes,
         listener: Listener,
     ) -> None:
@@ -108,7 +116,8 @@ class Worker:
         self.copy = copy
         self.transport = ""
         self._engine, self._listener = engine, listener
-        self._remote = Layout(list(zip(holder.bases, sizes, strict=True)))
+        self._manifest, self._new_hasher = manifest, hashers(manifest.algorithm)
+        self._remote = Layout(list(zip(holder.bases, manifest.sizes, strict=True)))
         self._given: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._jobs: deque[Job] = deque()
         self._pieces: deque[_Piece] = deque()
@@ -118,6 +127,7 @@ class Worker:
         self._silence = SILENCE[0]
         self._heard = 0.0  # when the last piece came
         self._segment: Segment | None = None
+        self._copier: Copier | None = None  # where the source's memory is mapped
         self._board: _BoardRead | None = None
         self._next_look = math.inf if holder.board is None or holder.have.all() else 0.0
         self._rest = REST[0]
@@ -183,7 +193,9 @@ class Worker:
             segment = self._engine.open_segment(self.holder.segment)
             if segment.descriptor.generation != self.holder.generation:
                 raise PeerLost(f"segment {self.holder.segment!r} now belongs to another process than the record says")
-            self.transport = segment.transport
+            copier = Copier(segment, self._remote, self._manifest.algorithm)
+            self._copier = copier if copier.reaches(0, self._manifest.size) else None
+            self.transport = segment.transport if self._copier is None else "shm"
             self._segment = segment
         return self._segment
 
@@ -222,11 +234,26 @@ class Worker:
             self._board = None
 
     def _step(self, segment: Segment) -> None:
-        """Ask for more, then take in the piece that was asked for first."""
+        """Ask for more, then take in the piece that was asked for first; or copy a shard."""
         self._drop_abandoned()
+        if self._copier is not None:
+            self._copy(self._copier)
+            return
         self._ask(segment)
         if self._pieces:
             self._take_in(self._pieces[0])
+
+    def _copy(self, copier: Copier) -> None:
+        if not self._jobs:
+            return
+        job = self._jobs[0]
+        digest = copier.copy(job.target, job.begin, job.end)
+        if not copier.reaches(job.begin, job.end):
+            raise PeerLost(f"segment {self.holder.segment!r} does not offer the object any more")
+        self._came(job, job.end)
+        self._finish(job, digest)
+        if not self._jobs:
+            self._more()
 
     def _ask(self, segment: Segment) -> None:
         window = self._listener.window(self.holder.segment)
@@ -263,18 +290,25 @@ class Worker:
         if (error := piece.batch.error) is not None:
             raise error
         self._pieces.popleft()
-        job, nbytes = piece.job, piece.end - piece.begin
-        self._heard = time.monotonic()
-        self._bytes -= nbytes
-        self._silence = SILENCE[0]
+        job = piece.job
+        self._bytes -= piece.end - piece.begin
+        hasher = job.hasher = job.hasher or self._new_hasher()
         for view in job.target.views(piece.begin, piece.end):
-            job.hasher.update(view)
-        job.hashed = piece.end
+            hasher.update(view)
+        self._came(job, piece.end)
+        if not job.left:
+            self._finish(job, hasher.digest())
+
+    def _came(self, job: Job, end: int) -> None:
+        """The bytes up to `end` are here."""
+        nbytes, job.hashed = end - job.hashed, end
+        self._heard, self._silence = time.monotonic(), SILENCE[0]
         self._listener.arrived(self.holder.segment, nbytes)
-        if job.hashed == job.end:
-            self._jobs.remove(job)
-            job.ended.set()
-            self._listener.complete(self.holder.segment, job)
+
+    def _finish(self, job: Job, digest: bytes) -> None:
+        self._jobs.remove(job)
+        job.ended.set()
+        self._listener.complete(self.holder.segment, job, digest)
 
     def _drop_abandoned(self) -> None:
         if gone := [job for job in self._jobs if job.abandoned]:

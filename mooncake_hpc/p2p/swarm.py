@@ -55,6 +55,10 @@ class View:
     host: str
     have: Bits
     fetching: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    whole: bool = field(init=False)  # it has all shards
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "whole", bool(self.have.all()))
 
 
 def claims(name: str, shards: int) -> npt.NDArray[np.float32]:
@@ -107,6 +111,7 @@ class Swarm:
         self._order: tuple[int, int, int, int] | None = None
         self._ours: Bits | None = None
         self._idle_since: float | None = None
+        self._cursor = 0
 
     # --- what others say ------------------------------------------------------------------------------------
 
@@ -120,7 +125,7 @@ class Swarm:
             self._order = self._ours = None
         else:
             self._count(known.view, -1)
-            if known.view.have.all() != view.have.all():
+            if known.view.whole != view.whole:
                 self._order = self._ours = None
             known.view = view
         self._count(view, 1)
@@ -139,7 +144,7 @@ class Swarm:
 
     def _count(self, view: View, sign: int) -> None:
         self._holders += sign * view.have
-        if view.have.all():
+        if view.whole:
             self._whole += sign
         else:
             self._copies += sign * view.have
@@ -159,7 +164,7 @@ class Swarm:
     @property
     def needs_news(self) -> bool:
         """Whether it matters what others are fetching: not where all can be copied from a process of this host."""
-        return not any(source.local and source.view.have.all() for source in self.sources.values())
+        return not any(source.local and source.view.whole for source in self.sources.values())
 
     @property
     def done(self) -> bool:
@@ -179,23 +184,46 @@ class Swarm:
         source = self.sources.get(name)
         if source is None or now < source.resting_until or source.backlog >= source.ahead:
             return None
+        if source.local:
+            return self._choose_here(source, now)
         open_ = source.view.have & self._open
         if source.refused:
             open_[list(source.refused)] = False
-        if source.local:
-            near = self._near(now)
-            if near is not None and near is not source:
-                open_ &= np.isin(np.arange(len(open_)), [*near.refused])
-            return self._rarest(open_)
         open_ &= self._here == 0
         if not open_.any():
             return self._race(source, now)
         return self._take_turn(source, open_, now)
 
+    def _choose_here(self, source: Source, now: float) -> int | None:
+        """What to copy from a process of this host."""
+        near = self._near(now)
+        if near is source and not source.refused:
+            return self._next_in_order()
+        open_ = source.view.have & self._open
+        open_[list(source.refused)] = False
+        if near is not None and near is not source:
+            open_ &= np.isin(np.arange(len(open_)), [*near.refused])
+        return self._rarest(open_)
+
+    def _next_in_order(self) -> int | None:
+        """The first shard to be asked for, sought on from the last one: there may be many, each soon copied."""
+        rest = self._open[self._cursor :]
+        if not rest.any():
+            self._cursor, rest = 0, self._open
+            if not rest.any():
+                return None
+        self._cursor += int(rest.argmax())
+        return self._cursor
+
+    def copying(self, now: float) -> bool:
+        """Whether all that can be copied within this host is being copied, from a source that asks by itself."""
+        near = self._near(now)
+        return near is not None and bool(near.begun) and not near.refused
+
     def _near(self, now: float) -> Source | None:
         """A process of this host that holds all: everything is copied from it, since to map the memory of each of the
         others costs more. The one in use, if there is one."""
-        able = [s for s in self.sources.values() if s.local and s.view.have.all() and now >= s.resting_until]
+        able = [s for s in self.sources.values() if s.local and s.view.whole and now >= s.resting_until]
         return min(able, key=lambda s: (not s.begun, not s.rate, s.view.name), default=None)
 
     def _take_turn(self, source: Source, open_: Bits, now: float) -> int | None:
@@ -241,7 +269,7 @@ class Swarm:
         """Whether the shard is ours to fetch first, after `passed` others had their time. Hosts take turns, and the
         readers on a host."""
         if self._order is None:
-            pulling = [s.view for s in self.sources.values() if not s.view.have.all() and not s.failures]
+            pulling = [s.view for s in self.sources.values() if not s.view.whole and not s.failures]
             hosts = sorted({view.host for view in pulling} | {self.host})
             mates = sorted([view.name for view in pulling if view.host == self.host] + [self.me])
             self._order = len(hosts), hosts.index(self.host), len(mates), mates.index(self.me)
@@ -262,7 +290,7 @@ class Swarm:
     def _ours_here(self) -> Bits:
         """Shards that are ours to fetch, of the readers of this host."""
         if self._ours is None:
-            mates = [s.claim for s in self.sources.values() if s.local and not s.view.have.all()]
+            mates = [s.claim for s in self.sources.values() if s.local and not s.view.whole]
             self._ours = self._claim > np.maximum.reduce([np.zeros_like(self._claim), *mates])
         return self._ours
 
@@ -282,7 +310,7 @@ class Swarm:
         return any(
             self.load(name) < load
             and now >= other.resting_until
-            and not (reserved and other.view.have.all())
+            and not (reserved and other.view.whole)
             and (missing & other.view.have).any()
             for name, other in self.sources.items()
             if other is not source

@@ -102,6 +102,10 @@ class Route(ABC):
     def update(self, descriptor: SegmentDescriptor) -> None:
         """Take over a newer descriptor of the same generation."""
 
+    def mapped(self, address: int, nbytes: int) -> npt.NDArray[np.uint8] | None:
+        """These bytes of the peer's registered memory, where this process can read them in place; read-only."""
+        return None
+
     def close(self) -> None:
         """Close all lanes. Idempotent."""
         for lane in self.lanes:

@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+from bisect import bisect_right
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ import numpy.typing as npt
 
 from mooncake_hpc.errors import MooncakeError, PeerLost
 from mooncake_hpc.kernels import lane as layout
+from mooncake_hpc.kernels import ranges
 from mooncake_hpc.kernels import shm as native
-from mooncake_hpc.memory import MemoryFile
+from mooncake_hpc.memory import Bytes, MemoryFile
 from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.transports.base import Peer, Route, Tables
 from mooncake_hpc.transports.lane import Lane
@@ -31,8 +33,23 @@ class Maps:
         self.version = int(reply["version"])
         self.files = files
         self.tables = Tables.of((int(a), int(a) + int(n), bool(readonly)) for a, n, readonly in reply["buffers"])
-        rows = [(int(a), int(a) + int(n), files[int(serial)].address) for serial, a, n in reply["files"]]
-        self.index: npt.NDArray[np.int64] = np.array([len(rows), *[word for row in rows for word in row]], np.int64)
+        rows = [(int(a), int(a) + int(n), files[int(serial)]) for serial, a, n in reply["files"]]
+        self._rows = sorted(rows, key=lambda row: row[0])
+        words = [word for start, end, file in rows for word in (start, end, file.address)]
+        self.index: npt.NDArray[np.int64] = np.array([len(rows), *words], np.int64)
+
+    def view(self, address: int, nbytes: int) -> Bytes | None:
+        """The peer's `nbytes` bytes at `address`, read-only, if they are registered and lie in one file."""
+        place = bisect_right(self._rows, address, key=lambda row: row[0]) - 1
+        if place < 0 or ranges.reach(int(self.tables.pair[0]), address) < address + nbytes:
+            return None
+        start, end, file = self._rows[place]
+        if address + nbytes > end:
+            return None
+        offset = address - start
+        array = file.array[offset : offset + nbytes]
+        array.flags.writeable = False
+        return array
 
 
 class ShmLane(Lane):
@@ -45,6 +62,7 @@ class ShmLane(Lane):
         super().__init__(name, peer, patience=1e9)
         self._socket = connection
         self._page: MemoryFile | None = None
+        self._page_words: npt.NDArray[np.int64]
         self._sync_lock = threading.Lock()
         try:
             self.maps = self._exchange({})
@@ -54,6 +72,7 @@ class ShmLane(Lane):
         assert self._page is not None
         self._set(native.FD, connection.fileno())
         self._set(native.PAGE, self._page.address)
+        self._page_words = self._page.array.view(np.int64)
         self._install()
         layout.go_up(self.address)
         self._thread.start()
@@ -66,6 +85,15 @@ class ShmLane(Lane):
             self._update()
         finally:
             layout.hand_over(self.address)
+
+    def view(self, address: int, nbytes: int) -> Bytes | None:
+        """As `Maps.view`, of the peer's present registrations; None too when the peer is gone."""
+        if self._page_words[native.PAGE_VERSION] != self.maps.version:
+            try:
+                self.sync()
+            except PeerLost:
+                return None
+        return self.maps.view(address, nbytes)
 
     def interrupt(self) -> None:
         """Nothing to cut: a copy ends by itself."""
@@ -130,6 +158,9 @@ class ShmRoute(Route):
             with contextlib.suppress(PeerLost):  # then the requests fail with the lane
                 self._lane.sync()
         self._set_tables(self._lane.maps.tables)
+
+    def mapped(self, address: int, nbytes: int) -> Bytes | None:
+        return self._lane.view(address, nbytes)
 
 
 def dial(address: str) -> socket.socket | None:

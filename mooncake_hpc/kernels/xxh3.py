@@ -1,0 +1,203 @@
+"""Copy bytes and make their XXH3 128-bit digest in one pass, each byte read once.
+
+A copy followed by the library's digest reads everything twice and, without streaming stores, three times; where many
+processes copy at once, memory bandwidth is what all of them wait for. The algorithm is xxHash's specification of
+XXH3 for inputs above 240 bytes (https://github.com/Cyan4973/xxHash, doc/xxhash_spec.md); tests compare it with the
+library's. Eight 64-bit lanes take in a stripe of 64 bytes; a block is 16 stripes, after which lanes are scrambled.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from mooncake_hpc.kernels.native import I32, I64, copy, fence, get, kernel, put
+from mooncake_hpc.memory import data_address
+
+SHORTEST = 241  # bytes: below, the digest is made in other ways
+STRIPE, STRIPES = 64, 16
+BLOCK = STRIPE * STRIPES
+PRIME32_1, PRIME32_2, PRIME32_3 = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D
+PRIME64_1, PRIME64_2, PRIME64_3 = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
+PRIME64_4, PRIME64_5, PRIME_MX1 = 0x85EBCA77C2B2AE63, 0x27D4EB2F165667C5, 0x165667919E3779F9
+LANES = (PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1)
+SECRET = bytes.fromhex(
+    "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221"
+    "b8084674f743248ee03590e6813a264c3c2852bb91c300cb88d0658b1b532ea371644897a20df94e3819ef46a9deacd8"
+    "a8fa763fe39c343ff9dcbbc7c70b4f1d8a51e04bcdb45931c89f7ec9d9787364eac5ac8334d3ebc3c581a0fffa1363eb"
+    "170ddd51b7f0da49d316552629d4689e2b16be587d47a1fc8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
+)
+SCRAMBLE, LAST, LOW, HIGH = 128, 121, 11, 117  # offsets into the secret
+
+# --- bytes of a state: the lanes, the stripe before the unfinished block, that block, the words beside it
+BEFORE = STRIPE
+OPEN = BEFORE + STRIPE
+FILLED = OPEN + BLOCK
+LEFT = FILLED + 8  # bytes that are still to come
+STATE_SIZE = LEFT + 8
+
+_LANES = ir.VectorType(I64, 8)
+_SWAPPED = ir.Constant(ir.VectorType(I32, 8), [1, 0, 3, 2, 5, 4, 7, 6])
+
+
+def _all(value):
+    return ir.Constant(_LANES, [value] * 8)
+
+
+def _at(builder, address, offset):
+    return builder.inttoptr(builder.add(address, I64(offset)), _LANES.as_pointer())
+
+
+def _take_in(builder, lanes, data, key):
+    """The lanes after one more stripe."""
+    mixed = builder.xor(data, key)
+    product = builder.mul(builder.and_(mixed, _all(0xFFFFFFFF)), builder.lshr(mixed, _all(32)))
+    swapped = builder.shuffle_vector(data, ir.Constant(_LANES, ir.Undefined), _SWAPPED)
+    return builder.add(builder.add(lanes, swapped), product)
+
+
+def _streaming(builder, instruction):
+    instruction.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
+
+
+@intrinsic
+def _stripe(typingctx, lanes, source, secret):
+    """Take in the stripe at `source` under the key at `secret`."""
+
+    def gen(ctx, b, sig, args):
+        where = _at(b, args[0], 0)
+        data, key = b.load(_at(b, args[1], 0), align=1), b.load(_at(b, args[2], 0), align=1)
+        b.store(_take_in(b, b.load(where, align=8), data, key), where, align=8)
+        return ctx.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), gen
+
+
+def _block(streaming):
+    """Copies a block from `source` to `destination` and takes it in; with `streaming`, past the caches, to a
+    multiple of 64."""
+
+    def block(typingctx, lanes, destination, source, secret):
+        def gen(ctx, b, sig, args):
+            where = _at(b, args[0], 0)
+            state = b.load(where, align=8)
+            for index in range(STRIPES):
+                data = b.load(_at(b, args[2], STRIPE * index), align=1)
+                stored = b.store(data, _at(b, args[1], STRIPE * index), align=STRIPE if streaming else 1)
+                if streaming:
+                    _streaming(b, stored)
+                state = _take_in(b, state, data, b.load(_at(b, args[3], 8 * index), align=1))
+            state = b.xor(state, b.lshr(state, _all(47)))
+            state = b.xor(state, b.load(_at(b, args[3], SCRAMBLE), align=1))
+            b.store(b.mul(state, _all(PRIME32_1)), where, align=8)
+            return ctx.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), gen
+
+    return intrinsic(block)
+
+
+_copy_block, _stream_block = _block(False), _block(True)
+
+
+@kernel
+def _finish_block(state, secret):
+    """Take in the unfinished block, which is whole, and begin the next one."""
+    _copy_block(state, state + OPEN, state + OPEN, secret)
+    copy(state + BEFORE, state + OPEN + BLOCK - STRIPE, STRIPE)
+    put(state + FILLED, 0)
+
+
+@kernel
+def _fill_open(state, destination, source, length):
+    """Copy as much as the unfinished block has room for; the bytes."""
+    filled = get(state + FILLED)
+    size = min(BLOCK - filled, length)
+    copy(destination, source, size)
+    copy(state + OPEN + filled, destination, size)
+    put(state + FILLED, filled + size)
+    put(state + LEFT, get(state + LEFT) - size)
+    return size
+
+
+@kernel
+def _whole_blocks(state, destination, source, length, secret):
+    """Copy whole blocks, but none that would be the last of all; the bytes."""
+    blocks = min(length, get(state + LEFT) - 1) // BLOCK
+    if destination % STRIPE == 0:
+        for index in range(blocks):
+            _stream_block(state, destination + index * BLOCK, source + index * BLOCK, secret)
+        fence()  # what streams past the caches is seen by others in no order before this
+    else:
+        for index in range(blocks):
+            _copy_block(state, destination + index * BLOCK, source + index * BLOCK, secret)
+    size = blocks * BLOCK
+    if size:
+        copy(state + BEFORE, destination + size - STRIPE, STRIPE)
+        put(state + LEFT, get(state + LEFT) - size)
+    return size
+
+
+@kernel
+def _feed(state, destination, source, length, secret):
+    """Copy `length` bytes and take them in."""
+    done = 0
+    while done < length:
+        if get(state + FILLED) == 0:
+            done += _whole_blocks(state, destination + done, source + done, length - done, secret)
+        if done < length:
+            done += _fill_open(state, destination + done, source + done, length - done)
+            if get(state + FILLED) == BLOCK and get(state + LEFT) > 0:
+                _finish_block(state, secret)
+
+
+@kernel
+def _take_in_all(state, extents, count, secret):
+    """Copy `count` extents {destination, source, bytes} one after the other; the lanes are complete then."""
+    for index in range(count):
+        extent = extents + 24 * index
+        _feed(state, get(extent), get(extent + 8), get(extent + 16), secret)
+    filled = get(state + FILLED)
+    for index in range((filled - 1) // STRIPE):
+        _stripe(state, state + OPEN + STRIPE * index, secret + 8 * index)
+    _stripe(state, state + OPEN + filled - STRIPE, secret + LAST)
+
+
+_SECRET: npt.NDArray[np.uint8] = np.frombuffer(SECRET, np.uint8).copy()
+_SECRET_ADDRESS = data_address(_SECRET)
+_KEYS = {offset: np.frombuffer(SECRET, np.uint64, 8, offset) for offset in (LOW, HIGH)}
+_MASK = (1 << 64) - 1
+
+
+def copy_and_digest(extents: npt.NDArray[np.int64]) -> bytes:
+    """Copy each of `extents`, shape (n, 3): destination address, source address, bytes; the 16 bytes of the XXH3
+    128-bit digest (as xxhash's `digest()`) of all that is then at the destinations, in this order.
+
+    Together they must be at least SHORTEST bytes; ValueError. The GIL is not held.
+    """
+    length = int(extents[:, 2].sum())
+    if length < SHORTEST:
+        raise ValueError(f"{length} bytes are fewer than {SHORTEST}")
+    extents = np.ascontiguousarray(extents)
+    state = np.zeros(STATE_SIZE, np.uint8)
+    lanes = state[:STRIPE].view(np.uint64)
+    lanes[:] = LANES
+    state[LEFT:STATE_SIZE].view(np.int64)[0] = length
+    _take_in_all(data_address(state), data_address(extents), len(extents), _SECRET_ADDRESS)
+    low = _merge(lanes, LOW, length * PRIME64_1)
+    high = _merge(lanes, HIGH, ~(length * PRIME64_2))
+    return high.to_bytes(8, "big") + low.to_bytes(8, "big")
+
+
+def _merge(lanes: npt.NDArray[np.uint64], offset: int, start: int) -> int:
+    mixed = (lanes ^ _KEYS[offset]).tolist()
+    total = start
+    for one, other in zip(mixed[::2], mixed[1::2], strict=True):
+        product = one * other
+        total += (product & _MASK) ^ (product >> 64)
+    total &= _MASK
+    total = ((total ^ (total >> 37)) * PRIME_MX1) & _MASK
+    return total ^ (total >> 32)
