@@ -93,6 +93,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="before each case wait at most this long for others to leave the machine alone [%(default)s]",
     )
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="[benchmarks/results]")
+    parser.add_argument(
+        "--keep", action="store_true", help="cases that are not run now stay in the results as the last run left them"
+    )
     parser.add_argument("--suite", choices=("tcp", "rdma"), default="tcp", help=argparse.SUPPRESS)
     parser.add_argument("--original", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -145,7 +148,10 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: writing what there is", file=sys.stderr)
     results.seconds = round(time.monotonic() - begin, 1)
-    results.write(options.output, "rdma" if options.suite == "rdma" else "bench")
+    name = "rdma" if options.suite == "rdma" else "bench"
+    if options.keep:
+        results.keep(options.output / f"{name}.json", known)
+    results.write(options.output, name)
     print(results.markdown())
     for text in results.missed:
         print(f"not reached: {text}", file=sys.stderr)

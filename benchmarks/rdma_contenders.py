@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -99,13 +100,27 @@ class Lane(Contender):
 
 
 class Perftest(Contender):
-    """`ib_write_bw` or `ib_read_bw`, one queue pair, as many requests under way as the load's batch has."""
+    """`ib_write_bw` or `ib_read_bw`, one queue pair, as many requests under way as the load's batch has.
+
+    For a number of iterations that fills the time: where it is told a duration it counts in whole rounds of its depth,
+    which for large blocks are a third of a second long.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(stage)
+        self._rate = 0.0  # requests a second, of a first run
 
     def measure(self, load: Load, seconds: float) -> Sample:
+        if not self._rate:
+            self._rate = self._measure(load, "-D", max(1, round(seconds)), "-f", 0).requests_per_second
+        rounds = max(4, math.ceil(1.3 * seconds * self._rate / load.batch))
+        return self._measure(load, "-n", rounds * load.batch)
+
+    def _measure(self, load: Load, *length: object) -> Sample:
         program, port = f"ib_{load.operation}_bw", next(OTHERS_PORTS)
         moderation = min(16, load.batch)
         words = [program, "-d", "rxe0", "-x", "1", "-F", "-q", "1", "-s", str(load.block), "-t", str(load.batch)]
-        words += ["-Q", str(moderation), "-p", str(port), "-D", str(max(1, round(seconds))), "-f", "0"]
+        words += ["-Q", str(moderation), "-p", str(port), *map(str, length)]
         words += ["-o", "16"] if load.operation == "read" else []
         with _server(words, port):
             text, cpu = run([*words, "127.0.0.1"], RUN_TIMEOUT)

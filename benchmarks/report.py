@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from cases import Case, Goal, Round
+from contenders import Sample
 from resources import Fact
 
 from mooncake_hpc.bench.report import machine
@@ -25,6 +27,7 @@ class CaseResult:
     rounds: list[Round] = field(default_factory=list)
     others: list[float] = field(default_factory=list)
     failure: str = ""
+    began: str = ""  # of an earlier run, from which this case is kept
 
     def median(self, contender: str, figure: str) -> float | None:
         values = [getattr(seen[contender], figure) for seen in self.rounds]
@@ -72,6 +75,22 @@ class Results:
             "missed": self.missed,
         }
 
+    def keep(self, file: Path, known: Sequence[Case]) -> None:
+        """Take over from an earlier run's JSON what is not among these cases; all in the order of `known`.
+
+        Raises OSError, and KeyError, TypeError or ValueError for a file of another kind.
+        """
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        named = {told["name"]: told for told in earlier["cases"]}
+        here = {result.case.name: result for result in self.cases}
+        for case in known:
+            if case.name in named and case.name not in here:
+                told = named[case.name]
+                rounds = [{name: Sample(**sample) for name, sample in seen.items()} for seen in told["rounds"]]
+                began = told.get("began") or earlier["began"]
+                here[case.name] = CaseResult(case, rounds, told["others_cores"], told["failure"], began)
+        self.cases = [here[case.name] for case in known if case.name in here]
+
     def write(self, folder: Path, name: str = "bench") -> None:
         """<name>.json and <name>.md. Raises OSError."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,6 +110,9 @@ class Results:
             lines.append(
                 f"Other work on the machine used {median(busy):.2f} cores in the median round, {max(busy):.2f} at most."
             )
+        for began in dict.fromkeys(result.began for result in self.cases if result.began):
+            names = [result.case.name for result in self.cases if result.began == began]
+            lines.append(f"Of a run that began {began}: {'; '.join(names)}.")
         if self.cases:
             lines += ["", *_speed_table(self.cases)]
         if self.facts:
@@ -124,6 +146,7 @@ def _case_dict(result: CaseResult) -> dict[str, Any]:
         "rounds": [{name: sample.as_dict() for name, sample in seen.items()} for seen in result.rounds],
         "others_cores": result.others,
         "failure": result.failure,
+        "began": result.began,
         "goals": [
             {
                 "what": goal.what, "limit": goal.limit, "at_least": goal.at_least, "met": result.met(goal),
