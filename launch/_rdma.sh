@@ -9,7 +9,7 @@ source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/_env.sh"
 source "$ROOT/launch/_peers.sh"
 
 NICS=4
-ORIGINAL=0.3.13.post1
+ORIGINALS="0.3.13.post1 0.3.12.post1 0.3.10.post2"
 
 devices() { ls /sys/class/infiniband 2>/dev/null | tr '\n' ' '; }
 
@@ -31,7 +31,7 @@ warm_for_guest() {
 
 set_up() {
     "$ROOT/launch/setup-rdma" >/dev/null || exit 125
-    set_up_peers "$ORIGINAL"
+    set_up_peers $ORIGINALS
     if [ "$WAY" = guest ]; then
         "$ROOT/launch/soft-roce-vm" --setup || exit 125
         warm_for_guest

@@ -1,7 +1,7 @@
 """RDMA connections break at random points while the same addresses are rewritten, and no older byte ever lands.
 
 On devices of software, whose every work request is carried out or refused at the will of the test; over real ones
-processes are killed, in tests/rdma.
+processes are killed, in tests/rdma/test_kills.py.
 """
 
 from __future__ import annotations

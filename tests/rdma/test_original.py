@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 from conftest import ROOT, Start
-from interop import NEWEST, OUR_BENCH, bench_target, peer_bench, peer_env, run_bench
+from interop import NEWEST, OUR_BENCH, VERSIONS, bench_target, peer_bench, peer_env, run_bench
 
 from mooncake_hpc import READ, TransferEngine
 from mooncake_hpc.metadata.store import open_store
@@ -89,6 +89,16 @@ def our_node(setup: Setup) -> Iterator[PeerProcess]:
 @pytest.mark.parametrize("operation", ["read", "write"])
 def test_the_original_addresses_our_node(setup: Setup, our_node: PeerProcess, operation: str) -> None:
     setup.initiate(peer_bench(NEWEST), our_node.name, operation)
+
+
+@pytest.mark.parametrize("version", VERSIONS[1:])
+def test_older_originals_address_our_node(etcd: str, nics: list[str], version: str) -> None:
+    setup = Setup(etcd, nics, 1, 2)
+    with setup.node(unused_name()) as node:
+        node.call("allocate", SIZE, 1)
+        node.call("allocate", SIZE, 2)
+        for operation in ("write", "read"):
+            setup.initiate(peer_bench(version), node.name, operation)
 
 
 def test_we_address_the_originals_target(setup: Setup, original_target: str) -> None:
