@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 CURRENT = "current"
 EVENTS = 5000.0  # a second: what all holders' announcements together may cost the store; each is told to every holder
-QUICKEST = 1.0  # seconds between two announcements of a holder: boards tell of shards sooner
+QUICKEST = 0.25  # seconds between two announcements of a holder: boards tell of shards sooner
 RETRY = (0.1, 1.0)  # seconds after an announcement that failed: at first, and at most
 
 
