@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mooncake_hpc.p2p.holders import Bits
 from mooncake_hpc.p2p.layout import Bytes
-from mooncake_hpc.p2p.swarm import Bits
 
 if TYPE_CHECKING:
     from mooncake_hpc.engine import TransferEngine

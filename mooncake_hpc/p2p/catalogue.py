@@ -25,8 +25,8 @@ import numpy as np
 from mooncake_hpc.errors import MetadataError, MetadataUnavailable, MooncakeError, NameInUse
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.p2p.board import Place
+from mooncake_hpc.p2p.holders import Bits
 from mooncake_hpc.p2p.manifest import Manifest
-from mooncake_hpc.p2p.swarm import Bits
 
 log = logging.getLogger(__name__)
 

@@ -22,11 +22,11 @@ import numpy as np
 from mooncake_hpc.errors import ConfigError, MetadataError, P2PError
 from mooncake_hpc.p2p.buffers import digest_all
 from mooncake_hpc.p2p.digests import DEFAULT
+from mooncake_hpc.p2p.holders import Bits
 from mooncake_hpc.p2p.layout import Bytes, Memory
 from mooncake_hpc.p2p.manifest import FILE, FOLDER, UNVERIFIED, Manifest, Part
 from mooncake_hpc.p2p.pull import OnProgress
 from mooncake_hpc.p2p.store import P2PStore, Replica
-from mooncake_hpc.p2p.swarm import Bits
 
 CHUNK = 64 << 20  # bytes of one read or write: Ctrl-C is noticed between two
 

@@ -19,9 +19,9 @@ from mooncake_hpc.metadata.watch import Changes, Watch
 from mooncake_hpc.p2p.board import Board, MemoryPool
 from mooncake_hpc.p2p.buffers import as_bytes
 from mooncake_hpc.p2p.catalogue import CURRENT, Announcer, Catalogue, Holder, version_of
+from mooncake_hpc.p2p.holders import Bits
 from mooncake_hpc.p2p.manifest import Manifest
 from mooncake_hpc.p2p.pull import Pull
-from mooncake_hpc.p2p.swarm import Bits
 
 log = logging.getLogger(__name__)
 

@@ -19,10 +19,11 @@ import numpy as np
 from mooncake_hpc.errors import IntegrityError, MooncakeError, ObjectNotFound, TransferCancelled, TransferTimeout
 from mooncake_hpc.p2p.board import Board, MemoryPool, board_size, by_source, source_id
 from mooncake_hpc.p2p.catalogue import Holder
+from mooncake_hpc.p2p.holders import Bits, View
 from mooncake_hpc.p2p.layout import Memory
 from mooncake_hpc.p2p.manifest import Manifest
 from mooncake_hpc.p2p.source import Job, Worker
-from mooncake_hpc.p2p.swarm import Bits, Swarm, View
+from mooncake_hpc.p2p.swarm import Swarm
 
 if TYPE_CHECKING:
     from mooncake_hpc.engine import TransferEngine

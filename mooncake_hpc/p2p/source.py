@@ -23,9 +23,9 @@ from mooncake_hpc.p2p.board import read_board
 from mooncake_hpc.p2p.catalogue import Holder
 from mooncake_hpc.p2p.copying import Copier
 from mooncake_hpc.p2p.digests import Hasher, hashers
+from mooncake_hpc.p2p.holders import Bits
 from mooncake_hpc.p2p.layout import Bytes, Layout, Memory, pair
 from mooncake_hpc.p2p.manifest import Manifest
-from mooncake_hpc.p2p.swarm import Bits
 from mooncake_hpc.request import READ, REQUEST
 
 if TYPE_CHECKING:

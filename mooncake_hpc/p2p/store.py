@@ -32,6 +32,7 @@ from mooncake_hpc.p2p.board import Board, MemoryPool, board_size
 from mooncake_hpc.p2p.buffers import as_bytes, as_range, digest_all, some, take_apart
 from mooncake_hpc.p2p.catalogue import CURRENT, Catalogue, Holder, ObjectInfo
 from mooncake_hpc.p2p.digests import DEFAULT
+from mooncake_hpc.p2p.holders import Bits
 from mooncake_hpc.p2p.holding import LAST_WORDS, Held, Holdings
 from mooncake_hpc.p2p.layout import Memory
 from mooncake_hpc.p2p.manifest import (
@@ -44,7 +45,6 @@ from mooncake_hpc.p2p.manifest import (
     new_version,
 )
 from mooncake_hpc.p2p.pull import OnProgress, Progress, Pull
-from mooncake_hpc.p2p.swarm import Bits
 from mooncake_hpc.p2p.upstream import Checkpoint, Fetch, find, list_originals
 from mooncake_hpc.settings import Settings
 

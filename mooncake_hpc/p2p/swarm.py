@@ -22,15 +22,14 @@ What costs most is a shard that leaves the first holder twice.
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
-Bits = npt.NDArray[np.bool_]
+from mooncake_hpc.p2p.holders import Bits, Source, View, claims
+
 Shards = npt.NDArray[np.int64]
 
 WIDTH = 8  # sources beyond the wire that one reader uses at a time
@@ -40,53 +39,9 @@ FIRST = 3  # readers that begin together: the others have something from these s
 NEWS = 0.06  # seconds until a reader's news are everywhere
 REST = (0.25, 8.0)  # seconds that a source which failed is left alone: at first, and at most
 SPAN = (0.005, 0.1)  # seconds over which a source's rate is measured: at first, since bytes come in bursts, and later
-HORIZON = 0.02  # seconds of a source's rate that are asked of it in advance
-AHEAD = (256 << 10, 8 << 20)  # bytes, at least and at most, asked of a source in advance
 SLOW = 3.0  # a shard is raced when its source is so many times slower than another one
 STUCK = 1.0  # seconds without a byte after which a source counts as slow
 PATIENCE = 1.0  # seconds after which a turn passes on, and a reader with nothing to do takes what it can get
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """What a holder says of itself. `fetching` are the shards under way to it, by source."""
-
-    name: str
-    host: str
-    have: Bits
-    fetching: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    whole: bool = field(init=False)  # it has all shards
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "whole", bool(self.have.all()))
-
-
-def claims(name: str, shards: int) -> npt.NDArray[np.float32]:
-    """A reader's claim to each shard, 0 to 1: the highest one has the turn."""
-    return np.random.default_rng(zlib.crc32(name.encode("utf-8", "surrogatepass"))).random(shards, np.float32)
-
-
-@dataclass(slots=True)
-class Source:
-    """A holder as we see it, and how it has served us."""
-
-    view: View
-    local: bool
-    claim: npt.NDArray[np.float32]
-    rate: float = 0.0  # bytes a second that it gives us; 0: unknown
-    backlog: int = 0  # bytes asked of it and not yet here
-    begun: dict[int, float] = field(default_factory=dict)  # shards under way: when asked for
-    heard: float = 0.0  # when the last bytes came
-    mark: float = 0.0  # since when `amount` bytes have come
-    amount: int = 0
-    refused: set[int] = field(default_factory=set)  # shards that it does not really have
-    failures: int = 0
-    resting_until: float = 0.0
-
-    @property
-    def ahead(self) -> int:
-        """Bytes to have under way from it."""
-        return int(min(AHEAD[1], max(AHEAD[0], self.rate * HORIZON)))
 
 
 class Swarm:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mooncake_hpc.p2p.swarm import Swarm, View
+from mooncake_hpc.p2p.holders import View
+from mooncake_hpc.p2p.swarm import Swarm
 
 SHARD = 1 << 20
 
