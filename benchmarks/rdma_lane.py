@@ -19,12 +19,13 @@ from mooncake_hpc.settings import RdmaSettings, Settings
 from mooncake_hpc.testing.peer import PeerProcess
 
 MOST = 1 << 14  # requests a batch
-FOOTPRINT = 64 << 20  # bytes that a batch covers at most
+FOOTPRINT = 64 << 20  # bytes of memory that a batch covers at most
+ROUNDS = 8  # a batch is so many times its depth at least, as nothing is under way between two
 DEVICE = "rxe0"
 
 
 def measure(opcode: int, size: int, seconds: float, depth: int) -> dict[str, float]:
-    count = max(depth, min(MOST, FOOTPRINT // size))
+    count = max(ROUNDS * depth, min(MOST, FOOTPRINT // size))
     span = min(FOOTPRINT, count * size)
     largest = max(size, 1 << 16)  # no request is cut
     rdma = RdmaSettings(queue_pairs=1, max_wr=depth, slice_size=largest, gid_index=1)
