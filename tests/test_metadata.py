@@ -251,12 +251,28 @@ def test_old_process_leaves_its_successors_keys(etcd: EmbeddedEtcd, reader: Meta
         assert reader.list("") == {}
 
 
-def test_takeover_is_noticed_while_the_lease_lives(etcd: EmbeddedEtcd, reader: MetadataStore) -> None:
-    with open_store(etcd.endpoint, SETTINGS) as old, open_store(etcd.endpoint, SETTINGS) as new:
+def test_takeover_is_noticed_after_trouble(etcd: EmbeddedEtcd, reader: MetadataStore) -> None:
+    """The lease lived on; whoever had no trouble is told when it publishes the key again."""
+    forwarder = Forwarder(etcd.endpoint)
+    both = f"etcd://{forwarder.endpoint},{etcd.endpoint}"
+    with open_store(both, SETTINGS) as old, open_store(etcd.endpoint, SETTINGS) as new:
         old.publish("k", "old")
         new.publish("k", "new")
+        forwarder.cut()
         assert eventually(lambda: old.lost == {"k"}, TTL)
         assert reader.get("k") == "new"
+
+
+def test_a_withdrawal_that_failed_is_made_up_for(etcd: EmbeddedEtcd, reader: MetadataStore) -> None:
+    forwarder = Forwarder(etcd.endpoint)
+    with open_store(forwarder.endpoint, dataclasses.replace(SETTINGS, metadata_timeout=0.5)) as store:
+        store.publish("k", "v")
+        store.publish("kept", "v")
+        forwarder.frozen.set()
+        with pytest.raises(MetadataUnavailable):
+            store.withdraw("k")
+        forwarder.frozen.clear()
+        assert eventually(lambda: reader.list("") == {"kept": "v"}, TTL)
 
 
 def test_wiped_etcd(tmp_path: Path) -> None:

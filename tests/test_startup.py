@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, clean_env
 
 AT_START = 10  # messages to etcd that a rank may need until its first transfer
-STEADY = {"LeaseKeepAlive", "LeaseTimeToLive"}  # afterwards: the lease is kept, and what hangs on it is looked at
+STEADY = {"LeaseKeepAlive"}  # all that it asks for afterwards
 PERIOD = 10 / 3  # seconds between two renewals: a third of the lease's time
 
 

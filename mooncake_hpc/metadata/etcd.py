@@ -33,7 +33,8 @@ class EtcdStore(MetadataStore):
 
     Every key that this process publishes hangs on its one lease, so a key is ours exactly while it hangs on
     it: that is what decides whether a key may be put back or removed. A thread renews the lease at a third of
-    its TTL and sets right whatever differs. ConfigError: impossible TLS or user settings, or no etcd3.
+    its TTL. Only where something went wrong meanwhile (a call, a connection, the lease) it also looks at what
+    hangs on the lease, and sets right whatever differs. ConfigError: impossible TLS or user settings, or no etcd3.
     """
 
     def __init__(self, endpoints: Sequence[str], settings: Settings) -> None:
@@ -52,6 +53,7 @@ class EtcdStore(MetadataStore):
         self._lease = 0
         self._published: dict[str, str] = {}
         self._lost: frozenset[str] = frozenset()
+        self._doubt = False  # what hangs on the lease may not be what was published
         self._keeper: threading.Thread | None = None
         self._closing = threading.Event()
 
@@ -191,6 +193,7 @@ class EtcdStore(MetadataStore):
 
     def _drop(self, connection: Connection) -> None:
         """Leave a connection that failed and go to the next endpoint; other threads' calls on it try again."""
+        self._doubt = True  # etcd may have done what it did not answer
         with self._switching:
             if self._connection is connection:
                 self._connection = None
@@ -213,6 +216,9 @@ class EtcdStore(MetadataStore):
         try:
             self._check_usable()
             yield
+        except BaseException:
+            self._doubt = True
+            raise
         finally:
             self._writing.release()
 
@@ -245,6 +251,7 @@ class EtcdStore(MetadataStore):
     def _new_lease(self, deadline: float) -> None:
         wanted = self._ttl
         self._lease, self._ttl = self._call(lambda etcd, timeout: etcd.grant(wanted, timeout), deadline)
+        self._doubt |= bool(self._published)  # those hang on the old one
 
     def _remove(self, key: str, deadline: float) -> None:
         self._call(lambda etcd, timeout: etcd.delete_if_leased(key, self._lease, timeout), deadline)
@@ -279,19 +286,25 @@ class EtcdStore(MetadataStore):
                 trouble = False
 
     def _renew(self, deadline: float) -> None:
-        """Renew the lease, or replace it; then make what hangs on it what we have published."""
+        """Renew the lease, or replace it."""
         lease = self._lease
         alive = self._call(lambda etcd, timeout: etcd.keep_alive(lease, timeout), deadline)
         with self._write(deadline):
             if not alive and lease == self._lease:
                 log.warning("etcd %s: the lease is lost, publishing again under a new one", self.spec)
                 self._new_lease(deadline)
-            hanging = self._call(lambda etcd, timeout: etcd.lease_keys(self._lease, timeout), deadline)
-            for key in hanging - self._published.keys():  # an answer was lost on the way
-                self._remove(key, deadline)
-            for key in self._published.keys() - hanging:
-                if not self._put(key, self._published[key], deadline):
-                    self._give_up(key)
+            if self._doubt:
+                self._set_right(deadline)
+
+    def _set_right(self, deadline: float) -> None:
+        """Make what hangs on the lease what we have published."""
+        self._doubt = False  # before looking: trouble from now on wants another look
+        hanging = self._call(lambda etcd, timeout: etcd.lease_keys(self._lease, timeout), deadline)
+        for key in hanging - self._published.keys():  # an answer was lost on the way
+            self._remove(key, deadline)
+        for key in self._published.keys() - hanging:
+            if not self._put(key, self._published[key], deadline):
+                self._give_up(key)
 
 
 class _EtcdWatch(Watch):

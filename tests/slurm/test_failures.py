@@ -12,6 +12,7 @@ from sandbox import LOCKED, NODES, QUICK, Job, Sandbox, SiteEtcd, wait_until
 TIMEOUT, SETTLE = 5, 20  # seconds: --timeout and MOONCAKE_HPC_SETTLE of these jobs
 PATIENT = TIMEOUT + SETTLE  # a rank is waited for so long, on top of what it is to do
 SHUTDOWN = 15  # seconds that Slurm, mpi and a loaded machine may take on top
+NO_SRUN = 30  # seconds that ranks take to end, on top, where their srun is gone
 UNWELL = str(Path(__file__).parent / "unwell")  # a PYTHONPATH that makes a rank fail, as the variable UNWELL says
 ENV = {"MOONCAKE_HPC_SETTLE": str(SETTLE), "MC_TCP_PROGRESS_TIMEOUT_SEC": str(TIMEOUT)}
 
@@ -26,6 +27,12 @@ def start(slurm: Sandbox, folder: Path, *flags: str, nodes: int = 3, **env: str)
     number = slurm.submit("all-to-all.sbatch", *words, folder=folder, options=options, env={**ENV, **env})
     slurm.wait_for(number, "connected and warm")
     return number
+
+
+def ranks(slurm: Sandbox) -> list[tuple[str, int]]:
+    """Host and process of each rank of the bench."""
+    running = slurm.processes()
+    return [(host, pid) for host, pid, line in running if "-m mooncake_hpc bench" in line and "srun" not in line]
 
 
 def check_nothing_came_of(job: Job) -> None:
@@ -75,6 +82,23 @@ def test_a_node_that_dies(slurm: Sandbox, tmp_path: Path) -> None:
     wait_until(lambda: idle(slurm) == NODES, 60, lambda: slurm("run", "sinfo", "-R"))
 
 
+def test_the_first_node_dies(slurm: Sandbox, tmp_path: Path) -> None:
+    """With it go the batch script, srun and etcd, so that nobody is left to tell. The other ranks end all the same;
+    then slurmstepd, once it has given up telling srun, and the job, after SlurmdTimeout."""
+    number = start(slurm, tmp_path, TMPDIR="/dev/shm")  # a crash empties it
+    assert {host for host, _ in ranks(slurm)} == {"h0", "h1", "h2"}
+    slurm("crash", "h0")
+    try:
+        wait_until(lambda: not ranks(slurm), 2 * TIMEOUT + NO_SRUN, lambda: f"left: {slurm.left()}")
+        wait_until(lambda: not slurm.left(), 60, lambda: f"left: {slurm.left()}")
+        (job,) = slurm.wait(number, 60)
+    finally:
+        slurm("boot", "h0")
+    check_nothing_came_of(job)
+    assert job.state == "NODE_FAIL", job
+    wait_until(lambda: idle(slurm) == NODES, 60, lambda: slurm("run", "sinfo", "-R"))
+
+
 def idle(slurm: Sandbox) -> int:
     return int(slurm("run", "sinfo", "-h", "-t", "idle", "-o", "%D") or "0")
 
@@ -107,11 +131,9 @@ def test_scancel(slurm: Sandbox, tmp_path: Path, site_etcd: SiteEtcd) -> None:
     number = start(slurm, tmp_path, ETCD_ENDPOINTS=site_etcd.endpoint)
     keys = site_etcd.keys()
     assert len(keys) >= 3 and all(key.startswith(f"mooncake/slurm-{number}/") for key in keys), keys
-    ranks = [
-        (host, pid) for host, pid, line in slurm.processes() if "-m mooncake_hpc bench" in line and "srun" not in line
-    ]
-    assert sorted({host for host, _ in ranks}) == ["h0", "h1", "h2"], ranks
-    for _, pid in ranks:
+    running = ranks(slurm)
+    assert {host for host, _ in running} == {"h0", "h1", "h2"}, running
+    for _, pid in running:
         soft, hard = re.findall(r"Max locked memory +(\w+) +(\w+)", Path(f"/proc/{pid}/limits").read_text())[0]
         assert soft == hard != str(LOCKED)
     slurm("run", "scancel", number)
