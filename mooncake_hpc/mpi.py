@@ -146,6 +146,8 @@ def _import_mpi(launch: Launch) -> Any:
         raise ConfigError(f"started by {launch.launcher}, but mpi4py is missing or has no MPI: {error}") from None
     except RuntimeError as error:
         raise ConfigError(f"started by {launch.launcher}, but no MPI library can be loaded: {error}") from error
+    if not MPI.Is_initialized():  # mpi4py.rc.initialize was switched off: then that is the host program's to do
+        raise ConfigError("mpi4py does not initialise MPI in this process: call MPI.Init() before")
     return MPI
 
 

@@ -33,8 +33,8 @@ done
 # ---- the program
 PY=${MOONCAKE_HPC_PYTHON:-$CHECKOUT/.venv/bin/python}
 [ -x "$PY" ] || PY=$(command -v "${MOONCAKE_HPC_PYTHON:-python3}") || die "no Python: set MOONCAKE_HPC_PYTHON"
-"$PY" -c 'import mooncake_hpc' || die "$PY has no mooncake_hpc: pip install it, or set MOONCAKE_HPC_PYTHON to one that has"
-mooncake() { "$PY" -m mooncake_hpc "$@"; }
+"$PY" -c 'import mooncake_hpc' || die "$PY has no mooncake_hpc: run" \
+    "'launch/bench --duration=1' in $CHECKOUT once, which makes .venv, or set MOONCAKE_HPC_PYTHON to a Python that has it"
 
 # ---- the nodes: registered memory is locked memory, and compiled kernels belong on a node's own disk
 ulimit -l unlimited 2>/dev/null || ulimit -l "$(ulimit -H -l)" || true

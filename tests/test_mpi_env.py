@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT, clean_env
 
 from mooncake_hpc.errors import ConfigError
 from mooncake_hpc.mpi import Host, Launch, default_name, detect, shared_address
@@ -73,3 +76,61 @@ def test_detect_reads_the_process_environment(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("PMI_RANK", "0")
     monkeypatch.setenv("PMI_SIZE", "1")
     assert detect() == Launch("a PMI launcher (MPICH's mpiexec, srun --mpi=pmi2)", 0, 1)
+
+
+def python(script: str) -> None:
+    """Run the script in a process on its own; it fails by an assertion."""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=clean_env(), cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_mpi_is_needed_where_none_is_used() -> None:
+    """Neither for a transfer nor to find out one's rank, as where mpi4py is not installed."""
+    python("""if True:
+        import sys
+        sys.modules["mpi4py"] = None  # an import of it fails
+        import numpy as np, mooncake_hpc as mh
+        from mooncake_hpc.mpi import detect
+        assert detect({"PMIX_RANK": "1", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}).rank == 1
+        here = dict(protocol="tcp", bind_address="127.0.0.1")
+        with mh.TransferEngine("a:1", "memory://x", **here) as a, mh.TransferEngine("b:1", "memory://x", **here) as b:
+            a.allocate(64)[:] = 7
+            mine = b.allocate(64)
+            segment = b.open_segment("a:1")
+            b.read(mine, segment, segment.buffers[0].address)
+            assert (mine == 7).all()
+    """)
+
+
+def test_mpi_of_a_host_program_is_used_as_it_is() -> None:
+    """With the thread level that it was initialised for; and the host program finalises it."""
+    python("""if True:
+        import threading
+        import mpi4py
+        mpi4py.rc.initialize = mpi4py.rc.finalize = False
+        from mpi4py import MPI
+        from mooncake_hpc.errors import ConfigError
+        from mooncake_hpc.mpi import Launch, World
+        refused = []
+        def refuse():
+            try:
+                World(Launch("x", 0, 1))
+            except ConfigError as error:
+                refused.append(str(error))
+        refuse()
+        assert "MPI.Init" in refused.pop()
+        MPI.Init_thread(MPI.THREAD_FUNNELED)
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        thread.join()
+        level = MPI.Query_thread()
+        assert bool(refused) == (level < MPI.THREAD_SERIALIZED), (refused, level)
+        world = World(Launch("x", 0, 1), MPI.COMM_SELF)
+        assert world.allgather("me", 10, "all") == ["me"]
+        world.barrier(10, "all")
+        del world
+        assert not MPI.Is_finalized()
+        MPI.Finalize()
+    """)
