@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import fake_fabric
@@ -23,7 +24,7 @@ from mooncake_hpc.settings import RdmaSettings, Settings
 POINTS = 200  # connections broken in a test, each with work requests under way
 BLOCKS = [64, 4096, 65_536, 150_000]  # bytes of the requests of a round, six times over
 SIZE = 6 * sum(BLOCKS)
-SETTINGS = Settings(rdma=RdmaSettings(rail_pause=0.0, slice_size=16_384, retries=50))
+SETTINGS = Settings(rdma=RdmaSettings(rail_pause=0.02, slice_size=16_384, retries=50))
 
 
 @pytest.fixture
@@ -34,13 +35,20 @@ def fabric() -> Iterator[Fabric]:
 
 
 class Network(threading.Thread):
-    """Carries out a few work requests of random queue pairs at a time, and breaks one when it is told to."""
+    """Carries out a few work requests of random queue pairs at a time, and breaks one when it is told to.
+
+    What the broken one's siblings (the other queue pairs of its connection) have under way is stuck then, and would be
+    carried out two transfers later, unless they are put into ERR too.
+    """
 
     def __init__(self, fabric: Fabric, ways: Sequence[str]) -> None:
         super().__init__(daemon=True)
         self._ways = ways
         self._fabric, self._random, self._over = fabric, random.Random(21), False
         self._left = -1  # work requests until a queue pair breaks; below 0: none does
+        self._stuck: deque[set[int]] = deque(
+            [set(), set(), set()]
+        )  # queue pairs, those of the last transfer at the right
         self.broken = 0
 
     def break_within(self, most: int) -> None:
@@ -51,15 +59,35 @@ class Network(threading.Thread):
         self._fabric.held = True
         while not self._over:
             with self._fabric.lock:
-                busy = [pair for pair in self._fabric.pairs.values() if pair.waiting and not pair.broken]
-                if busy:
+                if busy := self._busy():
                     self._work(self._random.choice(busy))
             time.sleep(0)
         self._fabric.release()
 
+    def drain(self) -> None:
+        """Until all is carried out but what got stuck in this transfer and the one before."""
+        with self._fabric.lock:
+            self._stuck.popleft()
+        deadline = time.monotonic() + 30
+        while self._busy():
+            assert time.monotonic() < deadline and self.is_alive()
+            time.sleep(0)
+        with self._fabric.lock:
+            self._stuck.append(set())
+
+    def _busy(self) -> list[QueuePair]:
+        with self._fabric.lock:
+            stuck = set().union(*self._stuck)
+            pairs = [pair for number, pair in self._fabric.pairs.items() if number not in stuck]
+        return [pair for pair in pairs if pair.waiting and not pair.broken]
+
     def stop(self) -> None:
         self._over = True
         self.join(10)
+
+    def _device(self, number: int) -> str:
+        pair = self._fabric.pairs.get(number)
+        return pair.device if pair is not None else ""
 
     def _work(self, pair: QueuePair) -> None:
         count = self._random.randint(1, 8)
@@ -72,6 +100,12 @@ class Network(threading.Thread):
             return
         self._left = -1
         self.broken += 1
+        path = pair.device, self._device(pair.peer)
+        self._stuck[-1] |= {
+            number
+            for number, other in self._fabric.pairs.items()
+            if other is not pair and (other.device, self._device(other.peer)) == path
+        }
         other = self._fabric.pairs.get(pair.peer)
         match self._random.choice(self._ways):
             case "peer's" if other:
@@ -85,21 +119,31 @@ class Network(threading.Thread):
 
 
 class Rewriting:
-    """Writes the round's number over the same memory, or reads it back, with every round compared."""
+    """Moves the round's number over the same memory, there or here, and compares all of it.
 
-    def __init__(self, here: TransferEngine, there: TransferEngine) -> None:
-        self._here, self._segment = here, here.open_segment(there.name)
-        self.ours, self.theirs = here.allocate(SIZE), there.allocate(SIZE)
+    Rounds take turns at three sources: a work request of an earlier round that is carried out late would bring an older
+    number.
+    """
+
+    def __init__(self, here: TransferEngine, there: TransferEngine, network: Network) -> None:
+        self._here, self._segment, self._network = here, here.open_segment(there.name), network
+        sources = {WRITE: here, READ: there}
+        self._sources = {opcode: at.allocate(3 * SIZE).reshape(3, SIZE) for opcode, at in sources.items()}
+        self._targets = {WRITE: there.allocate(SIZE), READ: here.allocate(SIZE)}
         self._random = random.Random(20)
 
-    def transfer(self, opcode: int) -> None:
-        batch = self._here.submit(self._requests(opcode))
+    def transfer(self, opcode: int, number: int) -> None:
+        source, target = self._sources[opcode][number % 3], self._targets[opcode]
+        source[:] = number
+        ours, theirs = (source, target) if opcode == WRITE else (target, source)
+        batch = self._here.submit(self._requests(opcode, int(ours.ctypes.data), int(theirs.ctypes.data)))
         batch.wait(30)
         assert (batch.status == 1).all()
+        self._network.drain()
+        assert (target == number).all()
 
-    def _requests(self, opcode: int) -> npt.NDArray[np.void]:
+    def _requests(self, opcode: int, ours: int, theirs: int) -> npt.NDArray[np.void]:
         at, records = 0, []
-        ours, theirs = int(self.ours.ctypes.data), int(self.theirs.ctypes.data)
         for length in self._random.sample(BLOCKS * 6, 6 * len(BLOCKS)):
             records.append((opcode, self._segment.id, ours + at, theirs + at, length))
             at += length
@@ -120,20 +164,16 @@ def test_connections_break_at_random_points(fabric: Fabric, devices: tuple[str, 
         ways.append("port")
     store = f"memory://breaks-{devices[0]}"
     with engine("there:1", devices[1], store) as there, engine("here:1", devices[0], store) as here:
-        link, network, number = Rewriting(here, there), Network(fabric, ways), 0
+        network, number = Network(fabric, ways), 0
+        link = Rewriting(here, there, network)
         network.start()
         try:
-            link.transfer(WRITE)
+            link.transfer(WRITE, number)
             pieces = SIZE // SETTINGS.rdma.slice_size
             while network.broken < POINTS:
                 number = number % 255 + 1
-                link.ours[:] = number
-                network.break_within(pieces)
-                link.transfer(WRITE)
-                assert (link.theirs == number).all()
-                link.ours[:] = 0
-                network.break_within(pieces)
-                link.transfer(READ)
-                assert (link.ours == number).all()
+                for opcode in (WRITE, READ):
+                    network.break_within(pieces)
+                    link.transfer(opcode, number)
         finally:
             network.stop()
