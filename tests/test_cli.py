@@ -72,6 +72,7 @@ def test_flags_that_cannot_be(flags: list[str], message: str, capsys: pytest.Cap
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_target_and_the_printed_command(etcd: str, start: Start, tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     serving, command = target(start, etcd, "127.0.0.1:21001", *SMALL)

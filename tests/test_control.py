@@ -439,6 +439,7 @@ def test_the_originals_entry_is_taken_while_it_answers(store: MemoryStore) -> No
         node.directory.publish(node.describe())
 
 
+@pytest.mark.slow
 def test_silent_holder_is_not_replaced(store: MemoryStore) -> None:
     with bind_listener("127.0.0.1", [0]) as silent, Node("a", store, "g") as node:
         store.publish("mooncake/rpc_meta/a", RpcRecord("127.0.0.1", silent.getsockname()[1], "x").to_json())

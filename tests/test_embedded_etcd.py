@@ -188,6 +188,7 @@ def test_start_has_a_deadline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         EmbeddedEtcd(settings=script(folder, "echo thinking; exec sleep 30"))
 
 
+@pytest.mark.slow
 def test_a_port_taken_meanwhile_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     choose = embedded._free_port
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -284,6 +284,7 @@ def test_a_busy_port() -> None:
             engine("memory://busy", f"{HOST}:{port}", settings=settings)
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_an_engine_that_could_not_start(etcd: str) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for metadata in ("127.0.0.1:1", "etcd://127.0.0.1:1,127.0.0.1:2"):

@@ -37,6 +37,7 @@ def test_collectives(world: World) -> None:
     assert all(host.same(world.host) for host in hosts)
 
 
+@pytest.mark.slow
 @pytest.mark.mpi(min_size=2)
 def test_a_late_rank_is_a_timeout_that_names_it(world: World) -> None:
     last = world.size - 1
@@ -52,6 +53,7 @@ def test_a_late_rank_is_a_timeout_that_names_it(world: World) -> None:
         world.barrier(20, "a rank that is late")
 
 
+@pytest.mark.slow
 @pytest.mark.mpi(min_size=2)
 def test_ranks_above_0_do_not_wait_for_ever(world: World) -> None:
     if world.rank == 0:
@@ -75,6 +77,7 @@ def test_a_communicator_of_the_host_program(world: World) -> None:
     assert not MPI.Is_finalized()
 
 
+@pytest.mark.slow
 @pytest.mark.mpi(min_size=2)
 def test_waiting_costs_little_cpu(world: World) -> None:
     if world.rank == 0:

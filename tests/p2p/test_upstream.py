@@ -121,6 +121,7 @@ def test_ranges_files_and_sizes(scene: Scene, tmp_path: Path) -> None:
         scene.reader.get_replica("foo/bar", np.zeros(whole.nbytes, np.uint8))
 
 
+@pytest.mark.slow
 def test_deadline_cancel_and_wait(scene: Scene) -> None:
     holder = scene.holder("gold:1")
     scene.publish(value("foo/bar", SIZES, [holder]))

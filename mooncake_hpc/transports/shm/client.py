@@ -88,7 +88,7 @@ class ShmLane(Lane):
 
     def view(self, address: int, nbytes: int) -> Bytes | None:
         """As `Maps.view`, of the peer's present registrations; None too when the peer is gone."""
-        if self._page_words[native.PAGE_VERSION] != self.maps.version:
+        if self._page_words[native.PAGE_VERSION // 8] != self.maps.version:
             try:
                 self.sync()
             except PeerLost:
