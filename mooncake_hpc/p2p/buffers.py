@@ -13,11 +13,9 @@ import numpy.typing as npt
 
 from mooncake_hpc.errors import SizeMismatch
 from mooncake_hpc.memory import describe
-from mooncake_hpc.p2p.digests import hashers
+from mooncake_hpc.p2p.digests import HASHED_AT_ONCE, hashers
 from mooncake_hpc.p2p.layout import Bytes, Memory
 from mooncake_hpc.p2p.manifest import BUFFERS, TENSORS, Part
-
-HASHED_AT_ONCE = 1 << 20  # bytes
 
 
 def digest_all(memory: Memory, shard_size: int, algorithm: str) -> bytes:

@@ -9,13 +9,11 @@ import numpy as np
 from mooncake_hpc.errors import PeerLost
 from mooncake_hpc.kernels import xxh3
 from mooncake_hpc.memory import data_address
-from mooncake_hpc.p2p.digests import DEFAULT, hashers
+from mooncake_hpc.p2p.digests import DEFAULT, HASHED_AT_ONCE, hashers
 from mooncake_hpc.p2p.layout import Bytes, Layout, Memory, pair
 
 if TYPE_CHECKING:
     from mooncake_hpc.remote import Segment
-
-HASHED_AT_ONCE = 128 << 10  # bytes copied, and then hashed while they are in the cache
 
 
 class Copier:

@@ -10,6 +10,7 @@ from mooncake_hpc.errors import ConfigError
 
 DEFAULT = "xxh3-128"
 ALGORITHMS = (DEFAULT, "sha256", "blake2b")
+HASHED_AT_ONCE = 1 << 20  # bytes: little enough for a cache, enough for a call of Python's
 
 
 class Hasher(Protocol):
