@@ -15,7 +15,7 @@ from mooncake_hpc.kernels import prepare
 from mooncake_hpc.p2p.buffers import digest_all
 from mooncake_hpc.p2p.layout import Memory
 from mooncake_hpc.p2p.manifest import UNVERIFIED
-from mooncake_hpc.p2p.pull import Progress
+from mooncake_hpc.p2p.progress import Progress
 from mooncake_hpc.p2p.report import Bar, FanOut, list_lines, pull_json, pull_lines, write_json
 from mooncake_hpc.p2p.store import P2PStore, Replica
 from mooncake_hpc.settings import Settings

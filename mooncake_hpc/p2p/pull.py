@@ -9,9 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +20,7 @@ from mooncake_hpc.p2p.catalogue import Holder
 from mooncake_hpc.p2p.holders import Bits, View
 from mooncake_hpc.p2p.layout import Memory
 from mooncake_hpc.p2p.manifest import Manifest
+from mooncake_hpc.p2p.progress import OnProgress, Progress
 from mooncake_hpc.p2p.source import Job, Worker
 from mooncake_hpc.p2p.swarm import Swarm
 
@@ -38,34 +37,9 @@ NEWS = (0.02, 0.004)  # seconds between two looks at a board: at least, and for 
 HURRY, CALM = 3.0, 3  # times as often while fewer sources than this are in use
 
 
-@dataclass(slots=True)
-class Progress:
-    """For progress callbacks and results. Bytes; `sources` are bytes by holder; seconds."""
-
-    size: int
-    done: int = 0
-    shards: int = 0
-    shards_done: int = 0
-    resumed: int = 0
-    sources: Counter[str] = field(default_factory=Counter)
-    transports: dict[str, str] = field(default_factory=dict)
-    wrong: Counter[str] = field(default_factory=Counter)  # shards that did not match their digest, by source
-    failures: Counter[str] = field(default_factory=Counter)
-    raced: int = 0
-    seconds: float = 0.0
-
-    @property
-    def throughput(self) -> float:
-        """Bytes a second that came from others."""
-        return (self.done - self.resumed) / self.seconds if self.seconds else 0.0
-
-
 def _same_place(one: Holder, other: Holder) -> bool:
     """Whether two records tell of the same memory of the same process."""
     return (one.generation, one.bases, one.board) == (other.generation, other.bases, other.board)
-
-
-OnProgress = Callable[[Progress], object]
 
 
 class Pull:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mooncake_hpc.p2p.catalogue import ObjectInfo
-from mooncake_hpc.p2p.pull import Progress
+from mooncake_hpc.p2p.progress import Progress
 
 JSON_VERSION = 1
 BAR = 28  # columns

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -23,13 +23,12 @@ from mooncake_hpc.errors import (
     ObjectNotFound,
     ObjectReplaced,
     P2PError,
-    SizeMismatch,
     TransferCancelled,
 )
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.metadata.store import open_store
 from mooncake_hpc.p2p.board import Board, MemoryPool, board_size
-from mooncake_hpc.p2p.buffers import as_bytes, as_range, digest_all, some, take_apart
+from mooncake_hpc.p2p.buffers import as_bytes, as_range, digest_all, take_apart
 from mooncake_hpc.p2p.catalogue import CURRENT, Catalogue, Holder, ObjectInfo
 from mooncake_hpc.p2p.digests import DEFAULT
 from mooncake_hpc.p2p.holders import Bits
@@ -39,12 +38,13 @@ from mooncake_hpc.p2p.manifest import (
     TENSORS,
     Manifest,
     Part,
-    by_name,
     check_name,
     choose_shard_size,
     new_version,
 )
-from mooncake_hpc.p2p.pull import OnProgress, Progress, Pull
+from mooncake_hpc.p2p.progress import OnProgress, Progress
+from mooncake_hpc.p2p.pull import Pull
+from mooncake_hpc.p2p.receivers import range_receiver, receivers
 from mooncake_hpc.p2p.upstream import Checkpoint, Fetch, find, list_originals
 from mooncake_hpc.settings import Settings
 
@@ -218,7 +218,7 @@ class P2PStore:
             return self._get_original(manifest, out, byte_range, deadline, cancel, progress)
         if byte_range is not None:
             return self._get_range(manifest, out, byte_range, deadline, cancel, progress)
-        buffers, arrays = self._receivers(manifest, out)
+        buffers, arrays = receivers(self.engine, manifest, out)
         held = Held(manifest, arrays, [], False, np.zeros(manifest.shards, bool), busy=True)
         self._holdings.add(name, held)
         try:
@@ -263,28 +263,6 @@ class P2PStore:
             raise TransferCancelled(f"waiting for object {name!r} was cancelled")
         waited = f" within {wait:g} s" if wait else ""
         raise ObjectNotFound(f"nobody has registered an object {name!r} in {self._catalogue.store.spec}{waited}")
-
-    def _receivers(self, manifest: Manifest, out: object) -> tuple[list[object], list[Bytes]]:
-        """The buffers to receive the object, and as bytes. Raises SizeMismatch."""
-        if out is None:
-            if not manifest.size:
-                return [], [np.zeros(0, np.uint8) for _ in manifest.sizes]
-            whole = self.engine.allocate(manifest.size)
-            return [whole], np.split(whole, np.cumsum(manifest.sizes)[:-1])
-        if isinstance(out, Mapping):
-            if manifest.kind != TENSORS:
-                raise SizeMismatch(f"object {manifest.name!r} consists of {manifest.kind}, not of named tensors")
-            buffers = by_name(manifest.parts, out)
-        else:
-            buffers, _, _ = take_apart(out)
-        arrays = [as_bytes(buffer, write=True) for buffer in buffers]
-        sizes = tuple(array.nbytes for array in arrays)
-        if sizes != manifest.sizes:
-            raise SizeMismatch(
-                f"object {manifest.name!r} has {len(manifest.sizes)} buffers of {some(manifest.sizes)} bytes, but "
-                f"{len(sizes)} of {some(sizes)} were given"
-            )
-        return buffers, arrays
 
     def _pull(
         self,
@@ -348,9 +326,9 @@ class P2PStore:
         manifest = checkpoint.manifest()
         begin, end = byte_range or (0, manifest.size)
         if byte_range is None:
-            buffers, arrays = self._receivers(manifest, out)
+            buffers, arrays = receivers(self.engine, manifest, out)
         else:
-            arrays = [self._range_receiver(manifest, out, begin, end)]
+            arrays = [range_receiver(manifest, out, begin, end)]
             buffers = [*arrays]
         held = Held(manifest, arrays, [], False, np.ones(len(checkpoint.shards), bool), busy=True)
         self._holdings.add(manifest.name, held)
@@ -368,17 +346,6 @@ class P2PStore:
         held.busy = False
         return Replica(manifest, arrays, result)
 
-    def _range_receiver(self, manifest: Manifest, out: object, begin: int, end: int) -> Bytes:
-        """Where bytes `begin` to `end` of the object go. Raises SizeMismatch."""
-        if not 0 <= begin <= end <= manifest.size:
-            raise SizeMismatch(
-                f"object {manifest.name!r} has {manifest.size} bytes: there is no range {begin} to {end}"
-            )
-        target = as_bytes(out, write=True) if out is not None else np.empty(end - begin, np.uint8)
-        if target.nbytes != end - begin:
-            raise SizeMismatch(f"a range of {end - begin} bytes does not fit a buffer of {target.nbytes}")
-        return target
-
     def _get_range(
         self,
         manifest: Manifest,
@@ -390,7 +357,7 @@ class P2PStore:
     ) -> Replica:
         """Whole shards are pulled, since they are what can be verified; what of them is not asked for is let go."""
         begin, end = byte_range
-        target = self._range_receiver(manifest, out, begin, end)
+        target = range_receiver(manifest, out, begin, end)
         first, last = begin // manifest.shard_size, -(-end // manifest.shard_size)
         wanted = np.zeros(manifest.shards, bool)
         wanted[first : last if end > begin else first] = True

@@ -25,7 +25,7 @@ from mooncake_hpc.errors import (
 )
 from mooncake_hpc.p2p import P2PStore, source
 from mooncake_hpc.p2p.files import fetch_path, register_path
-from mooncake_hpc.p2p.pull import Progress
+from mooncake_hpc.p2p.progress import Progress
 from mooncake_hpc.remote import Segment
 from mooncake_hpc.settings import Settings
 
