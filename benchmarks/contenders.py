@@ -316,3 +316,20 @@ class Raw(Contender):
         text, _ = run([str(word) for word in command], seconds + EXTRA_TIMEOUT)
         told = json.loads(text.splitlines()[-1])
         return Sample(told["bytes_per_second"], told["bytes_per_second"] / load.block, told["cpu_seconds_per_gb"])
+
+
+class RawLatency(Contender):
+    """A baseline of raw_latency.py."""
+
+    def __init__(self, stage: Stage, what: str) -> None:
+        super().__init__(stage)
+        self._what = what
+
+    def measure(self, load: Load, seconds: float) -> Sample:
+        command = [sys.executable, str(ROOT / "benchmarks" / "raw_latency.py"), self._what]
+        command += ["--call", str(load.block), "--seconds", str(seconds)]
+        text, _ = run(command, seconds + EXTRA_TIMEOUT)
+        told = json.loads(text.splitlines()[-1])
+        rate = told["requests_per_second"]
+        moved = rate * load.block
+        return Sample(moved, rate, told["cpu_seconds"] / (moved * seconds / 1e9))

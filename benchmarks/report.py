@@ -188,7 +188,7 @@ def _speed(result: CaseResult, contender: str) -> str:
 
 
 def _range(values: list[float], unit: str) -> str:
-    digits = 2 if unit == "GB/s" else 1
+    digits = 1 if unit == "MB/s" else 2
     return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f}) {unit}"
 
 

@@ -101,13 +101,15 @@ class Batch:
 
     def join(self, timeout: float | None = None) -> bool:
         """As `wait`, but says whether the batch is done, and raises nothing."""
-        if self._finished():
+        words = self._words
+        if words[WORD] & 1:
             return True
         now = time.monotonic_ns()
         end = None if timeout is None else now + int(timeout * 1e9)
         while end is None or now < end:
-            self._drive(now + NATIVE_CALL if end is None else min(now + NATIVE_CALL, end))
-            if self._finished():
+            until = now + NATIVE_CALL
+            self._drive(until if end is None or until < end else end)
+            if words[WORD] & 1:
                 return True
             now = time.monotonic_ns()
         return False
@@ -167,10 +169,11 @@ class Batch:
         return self._words[WORD] & 1 == 1
 
     def _drive(self, until: int) -> None:
+        batch = self._arena.address
         for lane in self._lanes:
-            if lane.drive(self._arena.address, until) != layout.EMPTY:
+            if lane.drive(batch, until) != layout.EMPTY:
                 return
-        layout.await_batch(self._arena.address, until)
+        layout.await_batch(batch, until)
 
     def _describe(self) -> str:
         where = ", ".join(sorted({lane.peer for lane in self._lanes})) or "nobody"

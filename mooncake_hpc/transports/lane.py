@@ -8,6 +8,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class Lane(ABC):
     return when the lane is DOWN, upon which its thread calls `repair`.
     """
 
-    drive_kernel: Any
+    drive_kernel: Callable[[int, int, int], int]
     attend_kernel: Any
 
     def __init__(self, name: str, peer: str, patience: float) -> None:
@@ -105,7 +106,7 @@ class Lane(ABC):
 
     def drive(self, batch: int, until: int) -> int:
         """Move bytes or wait, at most until `until` (time.monotonic_ns()), for the batch at this address."""
-        return int(self.drive_kernel(self.address, batch, until))
+        return self.drive_kernel(self.address, batch, until)
 
     def hurry(self) -> None:
         """Have the lane's thread move the queue at once: somebody waits who cannot."""
