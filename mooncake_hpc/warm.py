@@ -71,4 +71,4 @@ def _prepare() -> None:
     with WorkerPool(1) as pool:
         for job in (pool.touch(array), pool.checksum(array), pool.fill(array, 1), pool.verify(array, 1)):
             job.wait(TIMEOUT)
-    xxh3.copy_and_digest(np.array([(data_address(array), data_address(array), SIZE)], np.int64))
+    xxh3.copy_and_digest([[(data_address(array), data_address(array), SIZE)]])

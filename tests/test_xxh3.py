@@ -26,7 +26,7 @@ def check(lengths: list[int], source_offset: int, destination_offset: int) -> No
         for at, length in zip(starts, lengths, strict=True)
     ]
     expected = source[source_offset : source_offset + total]
-    assert xxh3.copy_and_digest(np.array(extents, np.int64)) == xxh3_128(expected).digest(), lengths
+    assert xxh3.copy_and_digest([extents]) == [xxh3_128(expected).digest()], lengths
     assert np.array_equal(target[first : first + total], expected)
     assert not target[:first].any() and not target[first + total :].any()
 
@@ -45,6 +45,16 @@ def test_extents_of_any_lengths() -> None:
             check(lengths, int(rng.integers(0, 64)), int(rng.choice([0, 0, 8, 33])))
 
 
+def test_several_inputs() -> None:
+    source = np.random.default_rng(1).integers(0, 256, 100_000, np.uint8)
+    target = np.zeros_like(source)
+    pieces = [[(0, 241)], [(241, 5000), (5241, 0), (5241, 70_000)], [(75_241, 1024)], [(76_265, 23_735)]]
+    inputs = [[(target.ctypes.data + at, source.ctypes.data + at, n) for at, n in piece] for piece in pieces]
+    expected = [xxh3_128(source[piece[0][0] : sum(piece[-1])]).digest() for piece in pieces]
+    assert xxh3.copy_and_digest(inputs) == expected
+    assert np.array_equal(source, target)
+
+
 def test_too_short() -> None:
     with pytest.raises(ValueError, match="fewer"):
-        xxh3.copy_and_digest(np.array([(0, 0, xxh3.SHORTEST - 1)], np.int64))
+        xxh3.copy_and_digest([[(0, 0, xxh3.SHORTEST)], [(0, 0, xxh3.SHORTEST - 1)]])

@@ -8,6 +8,8 @@ library's. Eight 64-bit lanes take in a stripe of 64 bytes; a block is 16 stripe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
@@ -31,6 +33,10 @@ SECRET = bytes.fromhex(
     "170ddd51b7f0da49d316552629d4689e2b16be587d47a1fc8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
 )
 SCRAMBLE, LAST, LOW, HIGH = 128, 121, 11, 117  # offsets into the secret
+SIGNED_1, SIGNED_2 = PRIME64_1 - (1 << 64), PRIME64_2 - (1 << 64)  # as factors of int64
+DIGEST = 16  # bytes
+EXTENT = 24
+Extent = tuple[int, int, int]
 
 # --- bytes of a state: the lanes, the stripe before the unfinished block, that block, the words beside it
 BEFORE = STRIPE
@@ -39,6 +45,7 @@ FILLED = OPEN + BLOCK
 LEFT = FILLED + 8  # bytes that are still to come
 STATE_SIZE = LEFT + 8
 
+_I128 = ir.IntType(128)
 _LANES = ir.VectorType(I64, 8)
 _SWAPPED = ir.Constant(ir.VectorType(I32, 8), [1, 0, 3, 2, 5, 4, 7, 6])
 
@@ -103,6 +110,34 @@ def _block(streaming):
 _copy_block, _stream_block = _block(False), _block(True)
 
 
+@intrinsic
+def _begin(typingctx, lanes):
+    """The lanes before anything is taken in."""
+
+    def gen(ctx, b, sig, args):
+        b.store(ir.Constant(_LANES, list(LANES)), _at(b, args[0], 0), align=8)
+        return ctx.get_dummy_value()
+
+    return types.void(types.int64), gen
+
+
+@intrinsic
+def _merge(typingctx, lanes, key, start):
+    """Half of a digest: the lanes folded together under the 64 bytes at `key`, its bytes in the digest's order."""
+
+    def gen(ctx, b, sig, args):
+        keyed = b.xor(b.load(_at(b, args[0], 0), align=8), b.load(_at(b, args[1], 0), align=1))
+        parts = [b.zext(b.extract_element(keyed, I32(index)), _I128) for index in range(8)]
+        total = args[2]
+        for one, other in zip(parts[::2], parts[1::2], strict=True):
+            product = b.mul(one, other)
+            total = b.add(total, b.xor(b.trunc(product, I64), b.trunc(b.lshr(product, _I128(64)), I64)))
+        total = b.mul(b.xor(total, b.lshr(total, I64(37))), I64(PRIME_MX1))
+        return b.bswap(b.xor(total, b.lshr(total, I64(32))))
+
+    return types.int64(*[types.int64] * 3), gen
+
+
 @kernel
 def _finish_block(state, secret):
     """Take in the unfinished block, which is whole, and begin the next one."""
@@ -155,49 +190,52 @@ def _feed(state, destination, source, length, secret):
 
 
 @kernel
-def _take_in_all(state, extents, count, secret):
-    """Copy `count` extents {destination, source, bytes} one after the other; the lanes are complete then."""
+def _copy_one(state, extents, count, secret, digest):
+    """Copy `count` extents {destination, source, bytes} one after the other, and write the digest of them all."""
+    length = 0
     for index in range(count):
-        extent = extents + 24 * index
+        length += get(extents + EXTENT * index + 16)
+    _begin(state)
+    put(state + FILLED, 0)
+    put(state + LEFT, length)
+    for index in range(count):
+        extent = extents + EXTENT * index
         _feed(state, get(extent), get(extent + 8), get(extent + 16), secret)
     filled = get(state + FILLED)
     for index in range((filled - 1) // STRIPE):
         _stripe(state, state + OPEN + STRIPE * index, secret + 8 * index)
     _stripe(state, state + OPEN + filled - STRIPE, secret + LAST)
+    put(digest, _merge(state, secret + HIGH, ~(length * SIGNED_2)))
+    put(digest + 8, _merge(state, secret + LOW, length * SIGNED_1))
+
+
+@kernel
+def _copy_all(state, extents, counts, inputs, secret, digests):
+    """For each of the inputs, the number of whose extents is in `counts`."""
+    for index in range(inputs):
+        count = get(counts + 8 * index)
+        _copy_one(state, extents, count, secret, digests + DIGEST * index)
+        extents += EXTENT * count
 
 
 _SECRET: npt.NDArray[np.uint8] = np.frombuffer(SECRET, np.uint8).copy()
 _SECRET_ADDRESS = data_address(_SECRET)
-_KEYS = {offset: np.frombuffer(SECRET, np.uint64, 8, offset) for offset in (LOW, HIGH)}
-_MASK = (1 << 64) - 1
 
 
-def copy_and_digest(extents: npt.NDArray[np.int64]) -> bytes:
-    """Copy each of `extents`, shape (n, 3): destination address, source address, bytes; the 16 bytes of the XXH3
-    128-bit digest (as xxhash's `digest()`) of all that is then at the destinations, in this order.
+def copy_and_digest(inputs: Sequence[Sequence[Extent]]) -> list[bytes]:
+    """Copy the extents (destination address, source address, bytes) of each input, and make of each input the 16 bytes
+    of the XXH3 128-bit digest (as xxhash's `digest()`) of all that is then at its destinations, in this order.
 
-    Together they must be at least SHORTEST bytes; ValueError. The GIL is not held.
+    Each input must be at least SHORTEST bytes; ValueError. The GIL is not held.
     """
-    length = int(extents[:, 2].sum())
-    if length < SHORTEST:
-        raise ValueError(f"{length} bytes are fewer than {SHORTEST}")
-    extents = np.ascontiguousarray(extents)
-    state = np.zeros(STATE_SIZE, np.uint8)
-    lanes = state[:STRIPE].view(np.uint64)
-    lanes[:] = LANES
-    state[LEFT:STATE_SIZE].view(np.int64)[0] = length
-    _take_in_all(data_address(state), data_address(extents), len(extents), _SECRET_ADDRESS)
-    low = _merge(lanes, LOW, length * PRIME64_1)
-    high = _merge(lanes, HIGH, ~(length * PRIME64_2))
-    return high.to_bytes(8, "big") + low.to_bytes(8, "big")
-
-
-def _merge(lanes: npt.NDArray[np.uint64], offset: int, start: int) -> int:
-    mixed = (lanes ^ _KEYS[offset]).tolist()
-    total = start
-    for one, other in zip(mixed[::2], mixed[1::2], strict=True):
-        product = one * other
-        total += (product & _MASK) ^ (product >> 64)
-    total &= _MASK
-    total = ((total ^ (total >> 37)) * PRIME_MX1) & _MASK
-    return total ^ (total >> 32)
+    for extents in inputs:
+        length = sum(nbytes for *_, nbytes in extents)
+        if length < SHORTEST:
+            raise ValueError(f"{length} bytes are fewer than {SHORTEST}")
+    rows = np.array([extent for extents in inputs for extent in extents], np.int64)
+    counts = np.array([len(extents) for extents in inputs], np.int64)
+    state, digests = np.zeros(STATE_SIZE, np.uint8), np.zeros(DIGEST * len(inputs), np.uint8)
+    places = [data_address(array) for array in (state, rows, counts)]
+    _copy_all(*places, len(inputs), _SECRET_ADDRESS, data_address(digests))
+    data = digests.tobytes()
+    return [data[at : at + DIGEST] for at in range(0, len(data), DIGEST)]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from mooncake_hpc.errors import PeerLost
 from mooncake_hpc.kernels import xxh3
@@ -14,6 +13,8 @@ from mooncake_hpc.p2p.layout import Bytes, Layout, Memory, pair
 
 if TYPE_CHECKING:
     from mooncake_hpc.remote import Segment
+
+Span = tuple[Memory, int, int]  # the object's bytes from here to there, and where they go
 
 
 class Copier:
@@ -26,17 +27,26 @@ class Copier:
         """Whether all of the object's bytes from `begin` to `end` are mapped here."""
         return all(self._segment.mapped(*extent) is not None for extent in self._remote.extents(begin, end))
 
-    def copy(self, target: Memory, begin: int, end: int) -> bytes:
-        """Copy the object's bytes from `begin` to `end` to `target`; the digest of what came. PeerLost when the peer
-        does not offer them any more."""
-        pairs = pair(target, self._remote, begin, end)
-        views = [self._view(address, nbytes) for _, address, nbytes in pairs]
-        if self._algorithm == DEFAULT and end - begin >= xxh3.SHORTEST:
-            extents = [(ours, data_address(view), view.nbytes) for (ours, *_), view in zip(pairs, views, strict=True)]
-            return xxh3.copy_and_digest(np.array(extents, np.int64))
+    def copy(self, spans: Sequence[Span]) -> list[bytes]:
+        """Copy the bytes of each span to its target; the digests of what came. PeerLost when the peer does not offer
+        them any more."""
+        if self._algorithm != DEFAULT or min(end - begin for _, begin, end in spans) < xxh3.SHORTEST:
+            return [self._copy_in_pieces(*span) for span in spans]
+        held, inputs = [], []  # what is read stays mapped as long as the views are held
+        for target, begin, end in spans:
+            extents = []
+            for ours, theirs, nbytes in pair(target, self._remote, begin, end):
+                view = self._view(theirs, nbytes)
+                held.append(view)
+                extents.append((ours, data_address(view), nbytes))
+            inputs.append(extents)
+        return xxh3.copy_and_digest(inputs)
+
+    def _copy_in_pieces(self, target: Memory, begin: int, end: int) -> bytes:
         hasher, at = hashers(self._algorithm)(), begin
-        for view in views:
-            for first in range(0, view.nbytes, HASHED_AT_ONCE):
+        for _, theirs, nbytes in pair(target, self._remote, begin, end):
+            view = self._view(theirs, nbytes)
+            for first in range(0, nbytes, HASHED_AT_ONCE):
                 piece = view[first : first + HASHED_AT_ONCE]
                 for ours in target.views(at, at + piece.nbytes):
                     ours[:] = piece

@@ -281,9 +281,15 @@ class Pull:
 
     # --- the workers' threads -------------------------------------------------------------------------------
 
-    def next_job(self, source: str) -> Job | None:
+    def next_jobs(self, source: str, nbytes: int) -> list[Job]:
+        """What to fetch next: shards of `nbytes` or more, or what there is."""
+        jobs: list[Job] = []
         with self.lock:
-            return None if self._ending else self._begin(source, time.monotonic())
+            now = time.monotonic()
+            while nbytes > 0 and not self._ending and (job := self._begin(source, now)) is not None:
+                jobs.append(job)
+                nbytes -= job.left
+        return jobs
 
     def window(self, source: str) -> int:
         known = self.swarm.sources.get(source)
@@ -293,26 +299,36 @@ class Pull:
         with self.lock:
             self.swarm.received(source, nbytes, time.monotonic())
 
-    def complete(self, source: str, job: Job, digest: bytes) -> None:
+    def complete(self, source: str, jobs: list[Job], digests: list[bytes]) -> None:
+        good = [job for job, digest in zip(jobs, digests, strict=True) if self._usable(source, job, digest)]
+        with self.lock:
+            news = [job for job in good if self._verified(source, job)]
+            if good and (not self._copying or self.progress.shards_done == self.progress.shards):
+                self._wake()
+        for job in news:
+            self._on_shard(job.shard)
+
+    def _usable(self, source: str, job: Job, digest: bytes) -> bool:
+        """Whether what came is right, and in its place."""
         if digest != self._manifest.digest(job.shard):
             self._refuse(source, job)
-            return
+            return False
         if job.target is not self._memory and not self._win(job):
             self.dropped(source, job)
-            return
-        with self.lock:
-            news = self.swarm.verified(source, job.shard)
-            if self._board is not None:
-                self._board.hold(job.shard)
-            self._forget(source, job)
-            for other in self._jobs.get(job.shard, ()):
-                other.abandoned = True
-            if news:
-                self._count(source, job)
-            if not self._copying or self.progress.shards_done == self.progress.shards:
-                self._wake()
+            return False
+        return True
+
+    def _verified(self, source: str, job: Job) -> bool:
+        """The shard is here. Whether it was missing."""
+        news = self.swarm.verified(source, job.shard)
+        if self._board is not None:
+            self._board.hold(job.shard)
+        self._forget(source, job)
+        for other in self._jobs.get(job.shard, ()):
+            other.abandoned = True
         if news:
-            self._on_shard(job.shard)
+            self._count(source, job)
+        return news
 
     def _count(self, source: str, job: Job) -> None:
         self.progress.done += job.end - job.begin

@@ -1,7 +1,7 @@
 """What fetches shards from one source: a thread that keeps a few pieces under way and hashes each as it arrives.
 
 A *piece* is a part of a shard that fits the cache, read by one batch. While one is hashed the next ones are on the
-wire. From a source whose memory is mapped here shards are copied instead, one after the other. The same thread reads
+wire. From a source whose memory is mapped here shards are copied instead. The same thread reads
 the source's board now and then, as long as the source does not hold everything.
 """
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PIECE = (128 << 10, 1 << 20)  # bytes, at least and at most: half of what is asked of a source in advance
+COPIED_AT_ONCE = 16 << 20  # bytes, about: milliseconds, after which others get to know of them
 LOOK = 0.05  # seconds between two looks at whether a shard is still wanted
 REST = (0.25, 8.0)  # seconds after a failure until the board is looked at again: at first, and at most
 SILENCE = (3.0, 30.0)  # seconds without a byte after which a source counts as gone: at first, and at most
@@ -82,13 +83,13 @@ class _BoardRead:
 class Listener(Protocol):
     """The pull, as its workers see it. Called from their threads."""
 
-    def next_job(self, source: str) -> Job | None: ...
+    def next_jobs(self, source: str, nbytes: int) -> list[Job]: ...
 
     def window(self, source: str) -> int: ...
 
     def arrived(self, source: str, nbytes: int) -> None: ...
 
-    def complete(self, source: str, job: Job, digest: bytes) -> None: ...
+    def complete(self, source: str, jobs: list[Job], digests: list[bytes]) -> None: ...
 
     def dropped(self, source: str, job: Job) -> None: ...
 
@@ -234,7 +235,7 @@ class Worker:
             self._board = None
 
     def _step(self, segment: Segment) -> None:
-        """Ask for more, then take in the piece that was asked for first; or copy a shard."""
+        """Ask for more, then take in the piece that was asked for first; or copy shards."""
         self._drop_abandoned()
         if self._copier is not None:
             self._copy(self._copier)
@@ -244,31 +245,35 @@ class Worker:
             self._take_in(self._pieces[0])
 
     def _copy(self, copier: Copier) -> None:
-        if not self._jobs:
+        """Copy shards of COPIED_AT_ONCE bytes, and tell of them together: each may take only microseconds."""
+        if (room := COPIED_AT_ONCE - sum(job.left for job in self._jobs)) > 0:
+            self._more(room)
+        jobs = [*self._jobs]
+        if not jobs:
             return
-        job = self._jobs[0]
-        digest = copier.copy(job.target, job.begin, job.end)
-        if not copier.reaches(job.begin, job.end):
+        digests = copier.copy([(job.target, job.begin, job.end) for job in jobs])
+        if not all(copier.reaches(job.begin, job.end) for job in jobs):
             raise PeerLost(f"segment {self.holder.segment!r} does not offer the object any more")
-        self._came(job, job.end)
-        self._finish(job, digest)
-        if not self._jobs:
-            self._more()
+        for job in jobs:
+            self._came(job, job.end)
+        self._finish(jobs, digests)
 
     def _ask(self, segment: Segment) -> None:
         window = self._listener.window(self.holder.segment)
         self._piece = min(PIECE[1], max(PIECE[0], window // 2))
         while self._bytes < window or not self._pieces:
-            job = next((job for job in self._jobs if job.asked < job.end), None) or self._more()
-            if job is None:
+            job = next((job for job in self._jobs if job.asked < job.end), None)
+            if job is not None:
+                self._submit(job, segment)
+            elif not self._more(1):
                 return
-            self._submit(job, segment)
 
-    def _more(self) -> Job | None:
-        job = self._take() or self._listener.next_job(self.holder.segment)
-        if job is not None:
-            self._jobs.append(job)
-        return job
+    def _more(self, nbytes: int) -> bool:
+        """Take the shard that we were given, or the next ones, of `nbytes` or more; False: there is none."""
+        given = self._take()
+        jobs = [given] if given is not None else self._listener.next_jobs(self.holder.segment, nbytes)
+        self._jobs.extend(jobs)
+        return bool(jobs)
 
     def _submit(self, job: Job, segment: Segment) -> None:
         begin, end = job.asked, min(job.asked + self._piece, job.end)
@@ -297,7 +302,7 @@ class Worker:
             hasher.update(view)
         self._came(job, piece.end)
         if not job.left:
-            self._finish(job, hasher.digest())
+            self._finish([job], [hasher.digest()])
 
     def _came(self, job: Job, end: int) -> None:
         """The bytes up to `end` are here."""
@@ -305,10 +310,11 @@ class Worker:
         self._heard, self._silence = time.monotonic(), SILENCE[0]
         self._listener.arrived(self.holder.segment, nbytes)
 
-    def _finish(self, job: Job, digest: bytes) -> None:
-        self._jobs.remove(job)
-        job.ended.set()
-        self._listener.complete(self.holder.segment, job, digest)
+    def _finish(self, jobs: list[Job], digests: list[bytes]) -> None:
+        for job in jobs:
+            self._jobs.remove(job)
+            job.ended.set()
+        self._listener.complete(self.holder.segment, jobs, digests)
 
     def _drop_abandoned(self) -> None:
         if gone := [job for job in self._jobs if job.abandoned]:

@@ -137,10 +137,12 @@ class Swarm:
     def choose(self, name: str, now: float) -> int | None:
         """The shard to ask of this source now, or None: then it is not to be asked for the moment."""
         source = self.sources.get(name)
-        if source is None or now < source.resting_until or source.backlog >= source.ahead:
+        if source is None or now < source.resting_until:
             return None
         if source.local:
             return self._choose_here(source, now)
+        if source.backlog >= source.ahead:
+            return None
         open_ = source.view.have & self._open
         if source.refused:
             open_[list(source.refused)] = False
