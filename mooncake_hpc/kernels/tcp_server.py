@@ -57,6 +57,7 @@ EXPORT_WORDS = 8
 
 STAGE_BYTES = 256 << 10
 LARGE_BODY = 16 << 10
+LULL = 128  # pauses between two looks for the rest of a large body: a look takes the lock that its bytes need too
 
 ENDED, HELLO, REFUSED, FAILED, STALLED, STOPPED = 0, 1, 2, 3, 4, 5  # what `serve` returns
 
@@ -237,7 +238,8 @@ def _await_bytes(block):
         else:
             quiet = now() - began
             if spinning and quiet < budget:
-                pause()
+                for _ in range(LULL if get(block + BODY_LEFT) >= LARGE_BODY else 1):
+                    pause()
             else:
                 if spinning:
                     spin.failed(block + SPIN)
