@@ -246,8 +246,6 @@ class Worker:
 
     def _copy(self, copier: Copier) -> None:
         """Copy shards of COPIED_AT_ONCE bytes, and tell of them together: each may take only microseconds."""
-        if (room := COPIED_AT_ONCE - sum(job.left for job in self._jobs)) > 0:
-            self._more(room)
         jobs = [*self._jobs]
         if not jobs:
             return
@@ -257,6 +255,7 @@ class Worker:
         for job in jobs:
             self._came(job, job.end)
         self._finish(jobs, digests)
+        self._more(COPIED_AT_ONCE)
 
     def _ask(self, segment: Segment) -> None:
         window = self._listener.window(self.holder.segment)
