@@ -1,8 +1,8 @@
 """What fetches shards from one source: a thread that keeps a few pieces under way and hashes each as it arrives.
 
 A *piece* is a part of a shard that fits the cache, read by one batch. While one is hashed the next ones are on the
-wire. From a source whose memory is mapped here shards are copied instead. The same thread reads
-the source's board now and then, as long as the source does not hold everything.
+wire. From a source whose memory is mapped here shards are copied instead. The same thread reads the source's board now
+and then, as long as the source does not hold everything.
 """
 
 from __future__ import annotations

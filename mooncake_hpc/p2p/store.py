@@ -32,7 +32,7 @@ from mooncake_hpc.p2p.buffers import as_bytes, as_range, digest_all, take_apart
 from mooncake_hpc.p2p.catalogue import CURRENT, Catalogue, Holder, ObjectInfo
 from mooncake_hpc.p2p.digests import DEFAULT
 from mooncake_hpc.p2p.holders import Bits
-from mooncake_hpc.p2p.holding import Held, Holdings
+from mooncake_hpc.p2p.holding import LAST_WORDS, Held, Holdings
 from mooncake_hpc.p2p.layout import Memory
 from mooncake_hpc.p2p.manifest import (
     TENSORS,
@@ -299,7 +299,7 @@ class P2PStore:
         assert held.announcer is not None
         result, held.pull = held.pull.progress, None
         held.announcer.changed()
-        held.announcer.finish(0.0)
+        held.announcer.finish(LAST_WORDS)
         return result
 
     def _run(
