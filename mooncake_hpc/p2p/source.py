@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PIECE = (128 << 10, 1 << 20)  # bytes, at least and at most: half of what is asked of a source in advance
-COPIED_AT_ONCE = 16 << 20  # bytes, about: milliseconds, after which others get to know of them
+COPIED_AT_ONCE = 16 << 20  # bytes, about, of shards copied in one native call and told of together
 LOOK = 0.05  # seconds between two looks at whether a shard is still wanted
 REST = (0.25, 8.0)  # seconds after a failure until the board is looked at again: at first, and at most
 SILENCE = (3.0, 30.0)  # seconds without a byte after which a source counts as gone: at first, and at most
@@ -245,7 +245,7 @@ class Worker:
             self._take_in(self._pieces[0])
 
     def _copy(self, copier: Copier) -> None:
-        """Copy shards of COPIED_AT_ONCE bytes, and tell of them together: each may take only microseconds."""
+        """Copy what was taken, shards of COPIED_AT_ONCE bytes, and tell of them together."""
         jobs = [*self._jobs]
         if not jobs:
             return
