@@ -330,6 +330,5 @@ class RawLatency(Contender):
         command += ["--call", str(load.block), "--seconds", str(seconds)]
         text, _ = run(command, seconds + EXTRA_TIMEOUT)
         told = json.loads(text.splitlines()[-1])
-        rate = told["requests_per_second"]
-        moved = rate * load.block
-        return Sample(moved, rate, told["cpu_seconds"] / (moved * seconds / 1e9))
+        moved = told["bytes_per_second"]
+        return Sample(moved, told["requests_per_second"], told["cpu_seconds"] / (moved * seconds / 1e9))
