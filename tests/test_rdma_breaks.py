@@ -46,9 +46,8 @@ class Network(threading.Thread):
         self._ways = ways
         self._fabric, self._random, self._over = fabric, random.Random(21), False
         self._left = -1  # work requests until a queue pair breaks; below 0: none does
-        self._stuck: deque[set[int]] = deque(
-            [set(), set(), set()]
-        )  # queue pairs, those of the last transfer at the right
+        # queue pairs by transfer, the last one's at the right
+        self._stuck: deque[set[int]] = deque([set(), set(), set()])
         self.broken = 0
 
     def break_within(self, most: int) -> None:
