@@ -17,7 +17,8 @@ AHEAD = (256 << 10, 8 << 20)  # bytes, at least and at most, asked of a source i
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What a holder says of itself. `fetching` are the shards under way to it, by source."""
+    """What a holder says of itself. `fetching` are the shards under way to it, by source; none once it has all, though
+    the last board read may claim some: it is not read again, and nobody is to wait for those claims to end."""
 
     name: str
     host: str
@@ -27,6 +28,8 @@ class View:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "whole", bool(self.have.all()))
+        if self.whole:
+            object.__setattr__(self, "fetching", {})
 
 
 def claims(name: str, shards: int) -> npt.NDArray[np.float32]:

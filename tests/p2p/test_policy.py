@@ -144,6 +144,20 @@ def test_a_holder_that_vanishes_takes_its_claims_along() -> None:
     assert sorted(made.sources) == ["a"]
 
 
+def test_what_a_finished_reader_was_fetching_is_not_waited_for() -> None:
+    """Its board is not read again, and so the claims last seen there would stand."""
+    mate = View("mate", "far", bits(0, 1, 2), {"seed": (3,)})
+    made = swarm(seed=View("seed", "x", bits(0, 1, 2, 3)), mate=mate)
+    for shard in (0, 1, 2):
+        made.begin("mate", shard, 0.0)
+        made.received("mate", SHARD, 0.0)
+        made.verified("mate", shard)
+    assert made.choose("seed", 0.0) is None, "the mate will have it"
+    made.see(View("mate", "far", bits(0, 1, 2, 3), dict(mate.fetching)))
+    assert made.load("seed") == 0
+    assert made.choose("seed", 0.0) == made.choose("mate", 0.0) == 3
+
+
 # --- manifests, records, layouts
 
 
