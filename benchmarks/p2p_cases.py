@@ -59,6 +59,12 @@ def ratio(above: str, below: str) -> Callable[[Round], float]:
     return lambda seen: seen[above].seconds / seen[below].seconds
 
 
+def _done(fleet: Fleet, numbers: Sequence[int]) -> None:
+    """Once all have pulled: compare the bytes, and let go of the object."""
+    fleet.all(numbers, "check", seed=SEED)
+    fleet.all(numbers, "drop", name=NAME)
+
+
 class Links:
     """Hosts behind limited links: node 0 holds the object, the others pull."""
 
@@ -74,9 +80,9 @@ class Links:
         self._fleet.all(numbers, "prepare", size=self.size)
         before = self._fleet.cpu_seconds()
         at = soon()
-        answers = self._fleet.all(numbers, "pull", name=NAME, at=at, seed=SEED)
+        answers = self._fleet.all(numbers, "pull", name=NAME, at=at)
         sample = self._sample(answers, before)
-        self._fleet.all(numbers, "drop", name=NAME)
+        _done(self._fleet, numbers)
         return sample
 
     def late(self, readers: int, after: float) -> Sample:
@@ -87,11 +93,11 @@ class Links:
         before = self._fleet.cpu_seconds()
         at = soon()
         for number in numbers:
-            self._fleet.nodes[number].send(do="pull", name=NAME, at=at, seed=SEED)
-        self._fleet.nodes[late].send(do="pull", name=NAME, at=at + after, seed=SEED)
+            self._fleet.nodes[number].send(do="pull", name=NAME, at=at)
+        self._fleet.nodes[late].send(do="pull", name=NAME, at=at + after)
         answers = [self._fleet.nodes[number].answer() for number in [*numbers, late]]
         sample = self._sample(answers[-1:], before)
-        self._fleet.all([*numbers, late], "drop", name=NAME)
+        _done(self._fleet, [*numbers, late])
         return sample
 
     def star(self, readers: int) -> Sample:
@@ -99,8 +105,10 @@ class Links:
         numbers = range(1, 1 + readers)
         self._fleet.all(numbers, "prepare", size=self.size)
         before = self._fleet.cpu_seconds()
-        order = {"source": self._fleet.name(0), "address": self._address, "shard_size": self._shard_size, "seed": SEED}
-        return self._sample(self._fleet.all(numbers, "star", at=soon(), **order), before, readers)
+        order = {"source": self._fleet.name(0), "address": self._address, "shard_size": self._shard_size}
+        sample = self._sample(self._fleet.all(numbers, "star", at=soon(), **order), before, readers)
+        self._fleet.all(numbers, "check", seed=SEED)
+        return sample
 
     def mpi(self, seen: dict[str, Sample], what: str) -> Sample:
         """Both MPI cases in one job, so that no rank polls while others are measured."""
@@ -180,8 +188,8 @@ def one_reader_tcp(stage: Stage, size: int) -> Sample:
         samples = []
         for _ in range(3):
             fleet.nodes[1].do("prepare", size=size)
-            answer = fleet.nodes[1].do("pull", name=NAME, at=soon(), seed=SEED)
-            fleet.nodes[1].do("drop", name=NAME)
+            answer = fleet.nodes[1].do("pull", name=NAME, at=soon())
+            _done(fleet, [1])
             samples.append(Sample(answer["seconds"], size / answer["seconds"], answer["cpu"], 1.0, 0, answer["grown"]))
     return min(samples, key=lambda sample: sample.seconds)
 
@@ -202,8 +210,8 @@ def readers_of_one_host(readers: int, size: int) -> tuple[Sample, Sample]:
         pulls, copies = [], []
         for _ in range(3):
             fleet.all(numbers, "prepare", size=size)
-            answers = fleet.all(numbers, "pull", name=NAME, at=soon(), seed=SEED)
-            fleet.all(numbers, "drop", name=NAME)
+            answers = fleet.all(numbers, "pull", name=NAME, at=soon())
+            _done(fleet, numbers)
             pulls.append(max(answer["seconds"] for answer in answers))
             copies.append(max(answer["seconds"] for answer in fleet.all(numbers, "copy", at=soon())))
     pull, copy = min(pulls), min(copies)

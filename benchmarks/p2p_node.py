@@ -65,7 +65,7 @@ class Node:
         self.store.unregister(name)
         return {}
 
-    def pull(self, name: str, at: float, seed: int) -> dict[str, Any]:
+    def pull(self, name: str, at: float) -> dict[str, Any]:
         """Replicate the object from `at` on, into the memory made ready; it is kept and offered until `drop`."""
         before = resident()
 
@@ -73,18 +73,21 @@ class Node:
             return self.store.get_replica(name, self._memory, timeout=PATIENCE).progress
 
         told, progress = self._timed(at, work)
-        prepare_wrong = prepare.verify(self._memory, seed)
         return {
-            **told, "wrong_bytes": prepare_wrong, "sources": dict(progress.sources), "raced": progress.raced,
+            **told, "sources": dict(progress.sources), "raced": progress.raced,
             "failures": sum(progress.failures.values()), "grown": resident() - before,
             "transports": dict(progress.transports),
         }  # fmt: skip
+
+    def check(self, seed: int) -> dict[str, Any]:
+        """Compare what has come; by an order of its own, since it would take the cores from who is still pulling."""
+        return {"wrong_bytes": prepare.verify(self._memory, seed)}
 
     def drop(self, name: str) -> dict[str, Any]:
         self.store.delete_replica(name)
         return {}
 
-    def star(self, source: str, address: int, at: float, shard_size: int, seed: int) -> dict[str, Any]:
+    def star(self, source: str, address: int, at: float, shard_size: int) -> dict[str, Any]:
         """The original's way: all shards asked of the first holder at once, nothing offered before all is here."""
         size = len(self._memory)
         requests = np.zeros(-(-size // shard_size), REQUEST)
@@ -94,7 +97,7 @@ class Node:
         requests["local_addr"], requests["remote_addr"] = self._memory.ctypes.data + offsets, address + offsets
         requests["length"] = np.minimum(shard_size, size - offsets)
         told, _ = self._timed(at, lambda: self.store.engine.submit(requests).wait(PATIENCE))
-        return {**told, "wrong_bytes": prepare.verify(self._memory, seed)}
+        return told
 
     def prepare_copy(self) -> dict[str, Any]:
         """Have a source to copy from, touched."""
