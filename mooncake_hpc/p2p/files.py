@@ -26,7 +26,8 @@ from mooncake_hpc.p2p.holders import Bits
 from mooncake_hpc.p2p.layout import Bytes, Memory
 from mooncake_hpc.p2p.manifest import FILE, FOLDER, UNVERIFIED, Manifest, Part
 from mooncake_hpc.p2p.progress import OnProgress
-from mooncake_hpc.p2p.store import P2PStore, Replica
+from mooncake_hpc.p2p.replicating import Replica
+from mooncake_hpc.p2p.store import P2PStore
 
 CHUNK = 64 << 20  # bytes of one read or write: Ctrl-C is noticed between two
 

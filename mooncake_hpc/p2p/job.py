@@ -16,8 +16,9 @@ from mooncake_hpc.p2p.buffers import digest_all
 from mooncake_hpc.p2p.layout import Memory
 from mooncake_hpc.p2p.manifest import UNVERIFIED
 from mooncake_hpc.p2p.progress import Progress
+from mooncake_hpc.p2p.replicating import Replica
 from mooncake_hpc.p2p.report import Bar, FanOut, list_lines, pull_json, pull_lines, write_json
-from mooncake_hpc.p2p.store import P2PStore, Replica
+from mooncake_hpc.p2p.store import P2PStore
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.transports.choice import engine_options
 

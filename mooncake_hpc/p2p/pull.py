@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mooncake_hpc.errors import IntegrityError, MooncakeError, ObjectNotFound, TransferCancelled, TransferTimeout
+from mooncake_hpc.errors import IntegrityError, MooncakeError, ObjectNotFound
 from mooncake_hpc.p2p.board import Board, MemoryPool, board_size, by_source, source_id
 from mooncake_hpc.p2p.catalogue import Holder
 from mooncake_hpc.p2p.holders import Bits, View
 from mooncake_hpc.p2p.layout import Memory
 from mooncake_hpc.p2p.manifest import Manifest
-from mooncake_hpc.p2p.progress import OnProgress, Progress
+from mooncake_hpc.p2p.progress import Progress, Terms
 from mooncake_hpc.p2p.source import Job, Worker
 from mooncake_hpc.p2p.swarm import Swarm
 
@@ -135,17 +135,11 @@ class Pull:
 
     # --- the caller's thread --------------------------------------------------------------------------------
 
-    def run(
-        self,
-        deadline: float | None,
-        cancel: threading.Event | None,
-        progress: OnProgress | None,
-        lost_after: float,
-    ) -> None:
+    def run(self, terms: Terms, lost_after: float) -> None:
         """Until everything wanted is here. `lost_after`: seconds for which a shard that nobody holds is waited for.
 
-        Raises TransferTimeout at `deadline` (time.monotonic), TransferCancelled, IntegrityError, ObjectNotFound; on
-        every way out nothing touches the memory any more.
+        Raises TransferTimeout, TransferCancelled, IntegrityError, ObjectNotFound; on every way out nothing touches the
+        memory any more.
         """
         started, told, hopeless_since = time.monotonic(), 0.0, None
         try:
@@ -157,15 +151,12 @@ class Pull:
                     self._hand_out(time.monotonic())
                     done, hopeless = self.swarm.done, self._hopeless()
                     self.progress.seconds = time.monotonic() - started
-                if progress is not None and (done or time.monotonic() - told > TICK):
+                if terms.tell is not None and (done or time.monotonic() - told > TICK):
                     told = time.monotonic()
-                    progress(self.progress)
+                    terms.tell(self.progress)
                 if done:
                     return
-                if cancel is not None and cancel.is_set():
-                    raise TransferCancelled(f"{self._what()} was cancelled")
-                if deadline is not None and time.monotonic() > deadline:
-                    raise TransferTimeout(f"{self._what()} is not done at its deadline{self._causes()}")
+                terms.check(self._what, self._causes)
                 hopeless_since = (hopeless_since or time.monotonic()) if hopeless is not None else None
                 if hopeless is not None and hopeless_since is not None:
                     self._check_hope(hopeless, time.monotonic() - hopeless_since, lost_after)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -21,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mooncake_hpc.errors import MetadataError, MooncakeError, ObjectNotFound, TransferCancelled, TransferTimeout
+from mooncake_hpc.errors import MetadataError, MooncakeError, ObjectNotFound
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.p2p.catalogue import ObjectInfo
 from mooncake_hpc.p2p.layout import Layout, Memory, pair
 from mooncake_hpc.p2p.manifest import UNVERIFIED, Manifest
-from mooncake_hpc.p2p.progress import OnProgress, Progress
+from mooncake_hpc.p2p.progress import Progress, Terms
 from mooncake_hpc.p2p.source import end_batch
 from mooncake_hpc.request import READ, REQUEST
 
@@ -129,7 +128,7 @@ class Fetch:
         turn = number % max(1, len(shard.places))
         return [*shard.places[turn:], *shard.places[:turn]]
 
-    def run(self, deadline: float | None, cancel: threading.Event | None, progress: OnProgress | None) -> Progress:
+    def run(self, terms: Terms) -> Progress:
         """Raises TransferTimeout, TransferCancelled, and ObjectNotFound for a shard that no place gives."""
         started = time.monotonic()
         try:
@@ -138,20 +137,21 @@ class Fetch:
                     self._begin(*self._todo.popleft())
                 self._take_in()
                 self.progress.seconds = time.monotonic() - started
-                if progress is not None:
-                    progress(self.progress)
-                self._check(deadline, cancel)
+                if terms.tell is not None:
+                    terms.tell(self.progress)
+                if self._todo or self._flying:
+                    terms.check(self._what, self._told)
         finally:
             for flight in self._flying:
                 end_batch(flight.batch)
         return self.progress
 
-    def _check(self, deadline: float | None, cancel: threading.Event | None) -> None:
-        what = f"object {self._checkpoint.name!r} of the original's: {self.progress.done} of {self.progress.size} bytes"
-        if cancel is not None and cancel.is_set():
-            raise TransferCancelled(f"{what}; the pull was cancelled")
-        if deadline is not None and time.monotonic() > deadline and (self._todo or self._flying):
-            raise TransferTimeout(f"{what}; the pull is not done at its deadline")
+    def _what(self) -> str:
+        size, done = self.progress.size, self.progress.done
+        return f"object {self._checkpoint.name!r} of the original's: {done} of {size} bytes; the pull"
+
+    def _told(self) -> str:
+        return "".join(f"; {segment}: {text}" for segment, text in self._causes.items())
 
     def _begin(self, shard: Shard, places: list[tuple[str, int]]) -> None:
         """Ask the first of the places that can be asked."""
@@ -165,10 +165,9 @@ class Fetch:
                 continue
             self._flying.append(_Flight(shard, segment, places, batch))
             return
-        causes = "".join(f"; {segment}: {text}" for segment, text in self._causes.items())
         raise ObjectNotFound(
             f"object {self._checkpoint.name!r} of the original's: bytes {shard.begin} to {shard.end} cannot be had "
-            f"from any of the {len(shard.places)} places that it names{causes}"
+            f"from any of the {len(shard.places)} places that it names{self._told()}"
         )
 
     def _submit(self, shard: Shard, segment: str, address: int) -> Batch:
