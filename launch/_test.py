@@ -45,8 +45,9 @@ class Part:
         return OUT / self.name
 
 
-def parts(fast: bool, mpirun: str, openmpi: str, extra: list[str]) -> list[Part]:
-    """All parts in the order in which they run; `openmpi` is the folder of commands of an environment with Open MPI."""
+def parts(fast: bool, mpirun: str, openmpi: str, pythons: list[str], extra: list[str]) -> list[Part]:
+    """All parts in the order in which they run; `openmpi` is the folder of commands of an environment with Open MPI,
+    `pythons` are interpreters of environments like this one of other versions."""
     python = sys.executable
     ruff = [python, "-m", "ruff"]
     pytest = ["-m", "pytest", "-q", *extra]
@@ -66,9 +67,17 @@ def parts(fast: bool, mpirun: str, openmpi: str, extra: list[str]) -> list[Part]
         result.append(mpi_part(f"mpi{ranks}", ranks, python, mpirun, fast, extra))
     if not fast:
         result.append(mpi_part("mpi2-openmpi", 2, f"{openmpi}/python", f"{openmpi}/mpirun", fast, extra))
+        result += [python_part(other, [*pytest, "-m", "not slow and not interop", *others]) for other in pythons]
         command = [str(ROOT / "launch" / "_rdma.sh"), str(OUT / "rdma"), *extra]
         result.append(Part("rdma", [command], 1500))
     return result
+
+
+def python_part(python: str, pytest: list[str]) -> Part:
+    """What `--fast` tests in one process, under another version of Python."""
+    version = subprocess.check_output([python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], text=True)
+    name = f"python{version.strip()}"
+    return Part(name, [[python, *pytest, "--junitxml", str(OUT / name / "r.xml")]], 600)
 
 
 def mpi_part(name: str, ranks: int, python: str, mpirun: str, fast: bool, extra: list[str]) -> Part:
@@ -211,11 +220,12 @@ def main() -> int:
     parser.add_argument("--fast", action="store_true", help="leave out slow tests and the original as a peer")
     parser.add_argument("--mpirun", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--openmpi", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--other-python", action="append", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--setup-seconds", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--pytest", default="", help="arguments for pytest, in one word: --pytest='-k etcd'")
     parser.add_argument("part", nargs="*", help="only these")
     options = parser.parse_args()
-    all_parts = parts(options.fast, options.mpirun, options.openmpi, options.pytest.split())
+    all_parts = parts(options.fast, options.mpirun, options.openmpi, options.other_python, options.pytest.split())
     unknown = set(options.part) - {p.name for p in all_parts}
     if unknown:
         known = ", ".join(p.name for p in all_parts)
