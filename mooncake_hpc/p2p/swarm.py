@@ -35,8 +35,7 @@ Shards = npt.NDArray[np.int64]
 WIDTH = 8  # sources beyond the wire that one reader uses at a time
 SPREAD = 2.0  # holders by which a reader departs from rarest first, lest all ask for the same shard at once
 SLOTS = 3  # readers that a source beyond the wire serves at a time, where there is a choice
-FIRST = 3  # readers that begin together: the others have something from these sooner than from the first holder
-NEWS = 0.06  # seconds until a reader's news are everywhere
+NEWS = 0.03  # seconds until a reader's news are everywhere
 REST = (0.25, 8.0)  # seconds that a source which failed is left alone: at first, and at most
 SPAN = (0.005, 0.1)  # seconds over which a source's rate is measured: at first, since bytes come in bursts, and later
 SLOW = 3.0  # a shard is raced when its source is so many times slower than another one
@@ -217,10 +216,10 @@ class Swarm:
         return bool((~self.have & (self._copies == 0) & (self._coming == 0) & (self.under_way == 0)).any())
 
     def _window(self, source: Source) -> int:
-        """Shards that may be leaving for the first time at once: few until readers have something to give to others,
-        so that the first shards come soon; more where many leave in the time that news take."""
+        """Shards that may be leaving for the first time at once: one of each whole holder until readers have something
+        to give to others, so that the first ones come soon; more where many leave in the time that news take."""
         rate = source.rate * (1 + self.load(source.view.name))
-        return FIRST * self._whole + self._giving + bool(self.have.any()) + int(rate * NEWS / self.sizes[0])
+        return self._whole + self._giving + bool(self.have.any()) + int(rate * NEWS / self.sizes[0])
 
     def _turn(self, shard: int, passed: int) -> bool:
         """Whether the shard is ours to fetch first, after `passed` others had their time. Hosts take turns, and the
