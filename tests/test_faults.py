@@ -25,8 +25,8 @@ from mooncake_hpc.errors import (
     TransferTimeout,
 )
 from mooncake_hpc.settings import Settings
+from mooncake_hpc.testing.link import Link, linked, requests
 from mooncake_hpc.testing.peer import PeerProcess, digest
-from mooncake_hpc.testing.transports import Link, linked, requests
 
 HOST = "127.0.0.1"
 P2P = "P2PHANDSHAKE"

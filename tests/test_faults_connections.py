@@ -15,8 +15,8 @@ from cutting import LateProxy, Outsider
 
 from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
 from mooncake_hpc.settings import Settings
+from mooncake_hpc.testing.link import Link
 from mooncake_hpc.testing.peer import PeerProcess
-from mooncake_hpc.testing.transports import Link
 
 POINTS = 200  # connections broken in a test, each with requests under way
 BLOCKS = [64, 4096, 65_536, 300_000, 1 << 20]  # bytes of the requests of a round, six times over

@@ -23,8 +23,8 @@ from mooncake_hpc.control.frames import Kind
 from mooncake_hpc.errors import ConfigError, DeviceError, MooncakeError, TransferError
 from mooncake_hpc.metadata.store import open_store
 from mooncake_hpc.settings import RdmaSettings, Settings
+from mooncake_hpc.testing.link import linked
 from mooncake_hpc.testing.peer import PeerError, PeerProcess, digest, pattern
-from mooncake_hpc.testing.transports import linked
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("forked_peers")]
 

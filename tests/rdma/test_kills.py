@@ -14,8 +14,8 @@ from rdma_resources import nothing_is_left as nothing_is_left
 
 from mooncake_hpc import READ, WRITE, TransferEngine
 from mooncake_hpc.errors import PeerLost
+from mooncake_hpc.testing.link import HOST, Link, requests
 from mooncake_hpc.testing.peer import PeerProcess
-from mooncake_hpc.testing.transports import HOST, Link, requests
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("forked_peers")]
 

@@ -15,8 +15,8 @@ from interop import NEWEST, OUR_BENCH, VERSIONS, bench_target, peer_bench, peer_
 from mooncake_hpc import READ, TransferEngine
 from mooncake_hpc.metadata.store import open_store
 from mooncake_hpc.settings import RdmaSettings, Settings
+from mooncake_hpc.testing.link import requests
 from mooncake_hpc.testing.peer import PeerProcess, pattern
-from mooncake_hpc.testing.transports import requests
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("forked_peers")]
 

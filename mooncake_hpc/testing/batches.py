@@ -1,0 +1,149 @@
+"""What batches must do over every transport."""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import time
+
+import numpy as np
+import pytest
+
+from mooncake_hpc import READ, REQUEST, WRITE
+from mooncake_hpc.errors import TransferError, TransferTimeout
+from mooncake_hpc.testing.link import Link, Linked, address, requests, run_threads
+from mooncake_hpc.testing.peer import digest, pattern
+
+
+class BatchConformance(Linked):
+    """Many requests, many batches, many who wait, and those who do not any more."""
+
+    def test_many_requests_in_a_batch(self, link: Link) -> None:
+        count, size = 10_000, 500
+        link.peer.call("fill", link.remote, 14)
+        order = np.random.default_rng(15).permutation(count)
+        records = np.zeros(count, REQUEST)
+        records["target_id"] = link.segment.id
+        records["local_addr"] = address(link.local) + size * np.arange(count)
+        records["remote_addr"] = link.remote + size * order
+        records["length"] = size
+        batch = link.engine.submit(records)
+        records[:] = 0  # ours again
+        batch.wait(30)
+        expected = pattern(14, self.arena)[: count * size].reshape(count, size)[order]
+        assert (link.local[: count * size].reshape(count, size) == expected).all()
+        assert (batch.status == 1).all() and len(batch) == count
+
+    def test_more_batches_than_the_queue_holds(self, link: Link) -> None:
+        """Those beyond wait in submit(), which fails only at its deadline."""
+        link.local[:] = pattern(16, self.arena)
+        pieces = [(1024 * i, 1024 - i % 7) for i in range(5_000)]
+        batches = [link.engine.submit(requests(link.request(WRITE, at, at, size))) for at, size in pieces]
+        for batch in reversed(batches):
+            batch.wait(30)
+        link.run(link.request(READ, self.arena // 2, 0, 5_000 * 1024))
+        theirs = link.local[self.arena // 2 :]
+        assert all((theirs[at : at + size] == link.local[at : at + size]).all() for at, size in pieces)
+
+    def test_batches_that_nobody_waits_on(self, link: Link) -> None:
+        link.local[:1000] = pattern(17, 1000)
+        batch = link.engine.submit(requests(link.request(WRITE, 0, 2000, 1000)))
+        deadline = time.monotonic() + 10
+        while not (batch.status == 1).all():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert link.remote_digest(2000, 1000) == digest(pattern(17, 1000))
+
+    def test_twelve_threads(self, link: Link) -> None:
+        share, rounds = 1 << 20, 20
+        link.peer.call("fill", link.remote, 18)
+        failures: list[BaseException] = []
+
+        def work(thread: int) -> None:
+            at, back = thread * share, self.arena // 2 + thread * share
+            try:
+                for step in range(rounds):
+                    size = share - step - 100
+                    link.local[at : at + size] = step + thread
+                    link.run(*[link.request(WRITE, at + i, at + i, size // 16 + 1) for i in range(0, size, size // 16)])
+                    link.run(link.request(READ, back, at, size))
+                    assert (link.local[back : back + size] == step + thread).all()
+            except BaseException as error:
+                failures.append(error)
+
+        run_threads([lambda n=n: work(n) for n in range(12)])  # type: ignore[misc]
+        assert not failures, failures[0]
+
+    def test_several_wait_on_one_batch(self, link: Link) -> None:
+        link.local[: 32 << 20] = pattern(19, 32 << 20)
+        batch = link.engine.submit(requests(*[link.request(WRITE, i << 20, i << 20, 1 << 20) for i in range(32)]))
+        done: list[bool] = []
+        run_threads([lambda: done.append(batch.join(20))] * 5)
+        assert done == [True] * 5
+        assert link.remote_digest(0, 32 << 20) == digest(link.local[: 32 << 20])
+
+    def test_wait_that_times_out_leaves_the_batch_running(self, link: Link) -> None:
+        link.local[:] = pattern(20, self.arena)
+        batch = link.engine.submit(requests(*[link.request(WRITE, 0, 0, self.arena)] * 8))
+        with pytest.raises(TransferTimeout, match="goes on"):
+            batch.wait(0.001)
+        assert (batch.status == 0).any()
+        batch.wait(60)
+        assert (batch.status == 1).all()
+        assert link.remote_digest() == digest(link.local)
+
+    @pytest.mark.parametrize("opcode", [READ, WRITE])
+    def test_cancel(self, link: Link, opcode: int) -> None:
+        """When it returns, nothing touches the buffers, and the requests have ended one way or the other."""
+        link.peer.call("fill", link.remote, 21)
+        batch = link.engine.submit(requests(*[link.request(opcode, 0, 0, self.arena)] * 50))
+        batch.cancel()
+        assert batch.done and (batch.status != 0).all()
+        assert (batch.status < 0).any()
+        link.local[:] = 33
+        link.peer.call("fill", link.remote, 22)
+        time.sleep(0.2)
+        assert (link.local == 33).all()
+        assert link.remote_digest() == digest(pattern(22, self.arena))
+        with pytest.raises(TransferError, match="cancelled"):
+            batch.wait(1)
+        batch.cancel()
+        link.run(link.request(READ, 0, 0, self.arena))
+        assert digest(link.local) == digest(pattern(22, self.arena))
+
+    def test_cancel_leaves_other_batches_alone(self, link: Link) -> None:
+        link.local[:] = pattern(23, self.arena)
+        doomed = link.engine.submit(
+            requests(*[link.request(READ, self.arena // 2, self.arena // 2, self.arena // 2)] * 20)
+        )
+        kept = link.engine.submit(requests(link.request(WRITE, 0, 0, 1 << 20)))
+        doomed.cancel()
+        kept.wait(20)
+        assert link.remote_digest(0, 1 << 20) == digest(link.local[: 1 << 20])
+
+    def test_fileno(self, link: Link) -> None:
+        link.local[:] = pattern(24, self.arena)
+        early = link.engine.submit(requests(*[link.request(WRITE, 0, 0, self.arena)] * 2))
+        assert select.select([early], [], [], 30)[0] == [early]
+        assert early.done and early.fileno() == early.fileno()
+        assert link.remote_digest() == digest(link.local)
+        assert select.select([early], [], [], 0)[0] == [early]
+
+    def test_await(self, link: Link) -> None:
+        link.local[:] = pattern(25, self.arena)
+
+        async def transfer(at: int) -> None:
+            await link.engine.submit(requests(link.request(WRITE, at, at, 1 << 20)))
+
+        async def main() -> None:
+            await asyncio.gather(*[transfer(i << 20) for i in range(40)])
+
+        asyncio.run(main())
+        assert link.remote_digest(0, 40 << 20) == digest(link.local[: 40 << 20])
+
+    def test_lane_bytes(self, link: Link) -> None:
+        before = sum(link.engine.lane_bytes().values())
+        link.run(link.request(READ, 0, 0, 123_457), link.request(WRITE, 200_000, 0, 1_003), link.request(READ, 0, 0, 0))
+        after = link.engine.lane_bytes()
+        assert sum(after.values()) - before == 123_457 + 1_003
+        assert all(name.startswith(f"{self.protocol}/{link.peer.name}") for name in after)
