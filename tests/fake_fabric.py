@@ -16,6 +16,7 @@ import os
 import select
 import sys
 import threading
+import time
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -72,6 +73,7 @@ class Fabric:
     dead_paths: set[tuple[str, str]] = field(default_factory=set)  # (from, to): posts end in retry exceeded
     held: bool = False
     silent: bool = False  # queue pairs in ERR give nothing back
+    post_seconds: float = 0.0  # that a call of post_send takes
     refuse_posts: int = 0  # so many calls of post_send fail, with all but their first request left out
     bad_gid_indices: set[int] = field(default_factory=set)
     carried: collections.Counter[str] = field(default_factory=collections.Counter)  # bytes by sending device
@@ -306,6 +308,8 @@ def word(address: int) -> int:
 
 @POST
 def post_send(handle: int, address: int, bad: int) -> int:
+    if fabric.post_seconds:
+        time.sleep(fabric.post_seconds)
     with fabric.lock:
         pair = fabric.pairs[handle]
         first = True

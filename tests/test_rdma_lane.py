@@ -141,6 +141,16 @@ def test_few_work_requests_make_back_pressure(fabric: Fabric, depth: int) -> Non
         assert (link.theirs[: SIZE // 500 * 500] == link.ours[: SIZE // 500 * 500]).all()
 
 
+def test_a_device_that_carries_out_what_is_posted_at_once(fabric: Fabric) -> None:
+    """As soft-RoCE does: while the leader is in such a call, the lane's thread sleeps."""
+    with pair("a", "b") as link:
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        fabric.post_seconds = 0.5
+        used = time.process_time()
+        link.submit(link.request(WRITE, 0, 0, 4096)).wait(10)
+        assert time.process_time() - used < 0.2
+
+
 # --- devices --------------------------------------------------------------------------------------------------
 
 

@@ -275,17 +275,17 @@ LINGER = 100_000_000  # ns: until this long after the last traffic
 def rest(lane):
     """The lane thread's sleep between two looks at the queue: GRACE to LONGEST in traffic, else until rung."""
     word = load(lane + BELL_WORD)
-    resting = load(lane + STATE) == UP and now() - get(lane + PROGRESS) > LINGER
-    if resting:
+    if load(lane + STATE) == UP and now() - get(lane + PROGRESS) > LINGER:
         store(lane + RESTING, 1)
         fence()
-    if not resting:
-        unattended = load(lane + HEAD) != load(lane + TAIL) and load(lane + OWNER) == 0
-        put(lane + LOOK, GRACE if unattended else min(LONGEST, max(GRACE, 2 * get(lane + LOOK))))
-        futex_wait(lane + BELL_WORD, word, get(lane + LOOK))
-    elif load(lane + HEAD) == load(lane + TAIL):
-        futex_wait(lane + BELL_WORD, word, 10_000_000_000)
-    store(lane + RESTING, 0)
+        if load(lane + HEAD) == load(lane + TAIL):
+            futex_wait(lane + BELL_WORD, word, 10_000_000_000)
+            store(lane + RESTING, 0)
+            return
+        store(lane + RESTING, 0)  # what is queued does not move, or its leader is in a long call
+    unattended = load(lane + HEAD) != load(lane + TAIL) and load(lane + OWNER) == 0
+    put(lane + LOOK, GRACE if unattended else min(LONGEST, max(GRACE, 2 * get(lane + LOOK))))
+    futex_wait(lane + BELL_WORD, word, get(lane + LOOK))
 
 
 @kernel
