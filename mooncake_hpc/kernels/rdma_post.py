@@ -37,6 +37,7 @@ from mooncake_hpc.kernels.rails import (
     REMOTE_KEY,
     REMOTE_KEYS,
     STALE,
+    TURN_BYTES,
     WINDOW,
     again,
     finish,
@@ -200,10 +201,10 @@ def post_ends(lane, rail):
 
 @kernel
 def post(lane):
-    """Post slices while there are any and a rail takes them; how many."""
-    total = 0
+    """Post slices while there are any and a rail takes them, TURN_BYTES about; how many."""
+    total = size = 0
     put(lane + FULL_SEQ, load(lane + TAIL))
-    while load(lane + STALE) == 0:
+    while load(lane + STALE) == 0 and size < TURN_BYTES:
         piece = peek(lane)
         if piece == 0:
             return total
@@ -219,7 +220,9 @@ def post(lane):
         if number < 0:
             return total
         qp = get(get(rail + RAIL_QPS) + 8 * number)
+        size -= get(rail + RAIL_BYTES)
         count = _fill(lane, rail, qp, number, local, remote)
+        size += get(rail + RAIL_BYTES)
         if _post_chain(lane, rail, qp, count):
             total += count
     return total
