@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cases import KIB, MIB, Case, Goal, faster_than
 from contenders import Load
-from rdma_contenders import Lane, Limited, Original, Ours, Perftest
+from rdma_contenders import Lane, Limited, Original, Ours, Perftest, Registration
 
 DEPTH = 64  # requests under way
 SIZES = {64: 0.85, 4 * KIB: 0.85, 64 * KIB: 0.90, MIB: 0.90}  # what of perftest's rate is to be reached
@@ -51,6 +51,13 @@ def _two_devices() -> Case:
     return Case("rdma, NICs of 160 Mbit/s, 64 KiB × 64 write", Load("write", 64 * KIB, 64), contenders, (goal,))
 
 
+def _registration() -> Case:
+    """Pages are faulted in by all cores, and devices registered with at once."""
+    contenders = {way: (lambda stage, way=way: Registration(stage, way)) for way in ("ours", "in turn")}
+    goal = faster_than("in turn", limit=1.2, what="ours / one device after the other")
+    return Case("rdma, registration of 64 MiB × 4 devices", Load("write", 64 * MIB, 4), contenders, (goal,))
+
+
 CASES = (
     *(_beside_perftest(operation, block, reach) for operation in ("write", "read") for block, reach in SIZES.items()),
     _one_write(),
@@ -59,4 +66,5 @@ CASES = (
     _beside_original(Load("read", 64 * KIB, 16), 1.5),
     _beside_original(Load("write", 64 * KIB, 128, 4), 1.3),
     _two_devices(),
+    _registration(),
 )

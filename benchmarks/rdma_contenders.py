@@ -99,6 +99,20 @@ class Lane(Contender):
         return Sample(told["bytes_per_second"], told["requests_per_second"], told["cpu_seconds_per_gb"])
 
 
+class Registration(Contender):
+    """rdma_registration.py: a block of memory for as many devices as the load's batch has."""
+
+    def __init__(self, stage: Stage, way: str) -> None:
+        super().__init__(stage)
+        self._way = way
+
+    def measure(self, load: Load, seconds: float) -> Sample:
+        command = ["registration", self._way, str(load.block), str(seconds), str(load.batch)]
+        text, _ = self._stage.nursery.run(command, {}, RUN_TIMEOUT)
+        told = json.loads(text.splitlines()[-1])
+        return Sample(told["bytes_per_second"], told["requests_per_second"], told["cpu_seconds_per_gb"])
+
+
 class Perftest(Contender):
     """`ib_write_bw` or `ib_read_bw`, one queue pair, as many requests under way as the load's batch has.
 

@@ -1,7 +1,8 @@
 """Initiators of ours without their start-up, which takes ten seconds and more in an emulated guest.
 
 `Nursery` starts this file as a process that loads everything, moves bytes over RDMA once and then forks for each
-command that it is told: `bench` with its flags, or `lane`, a measurement of rdma_lane.py.
+command that it is told: `bench` with its flags, `lane` and `registration` with those of rdma_lane.py and
+rdma_registration.py.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class Nursery:
 
 def _child(order: dict[str, object]) -> int:
     """Carry out an order; the exit code."""
-    from rdma_lane import main as lane
+    import rdma_lane
+    import rdma_registration
 
     from mooncake_hpc.__main__ import main
 
@@ -85,7 +87,8 @@ def _child(order: dict[str, object]) -> int:
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
     name, *arguments = list(order["command"])  # type: ignore[call-overload]
     try:
-        return int(lane(arguments) if name == "lane" else main([name, *arguments]))
+        ours = {"lane": rdma_lane.main, "registration": rdma_registration.main}
+        return int(ours[name](arguments) if name in ours else main([name, *arguments]))
     except Exception:
         traceback.print_exc()
         return 1

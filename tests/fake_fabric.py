@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -83,6 +83,7 @@ class Fabric:
     regions: dict[int, Region] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(100))
     links: list[Link] = field(default_factory=list)
+    registering: Callable[[str, int, int], None] = lambda device, address, length: None  # called in each registration
 
     def unplug(self, name: str) -> None:
         self.down.add(name)
@@ -141,6 +142,7 @@ class Device:
         return Port(self.name not in fabric.down)
 
     def register(self, address: int, length: int, writable: bool, remote: bool, relaxed: bool) -> Region:
+        fabric.registering(self.name, address, length)
         region = Region(self.name, address, address + length, writable, remote, next(fabric.numbers))
         fabric.regions[region.lkey] = region
         return region

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import json
+import mmap
 import threading
 import time
 from collections.abc import Iterator
@@ -303,6 +305,35 @@ def test_memory_registered_again_at_its_address(fabric: Fabric) -> None:
             link.here.write(link.ours[: 1 << 16], link.segment, address)
         assert (memory == 2).all()
         link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+
+
+def resident(address: int, length: int) -> bool:
+    """Whether every page is there."""
+    pages = np.zeros(-(-length // mmap.PAGESIZE), np.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = (ctypes.c_void_p(address), ctypes.c_size_t(length), ctypes.c_void_p(pages.ctypes.data))
+    assert libc.mincore(*arguments) == 0, ctypes.get_errno()
+    return bool((pages & 1).all())
+
+
+def test_large_memory_is_there_and_registered_on_all_devices_at_once(fabric: Fabric) -> None:
+    """A device's registration would fault pages in by one core, and one after the other would each take as long."""
+    from mooncake_hpc.transports.rdma.regions import LARGE
+
+    together, seen = threading.Barrier(4), []
+    with engine("memory://large", "large:1", "a,b,c,d") as one, mmap.mmap(-1, LARGE) as untouched:
+        memory = np.frombuffer(untouched, np.uint8)
+
+        def registering(device: str, address: int, length: int) -> None:
+            together.wait(10)
+            seen.append((device, length, resident(address, length)))
+
+        assert not resident(int(memory.ctypes.data), LARGE)
+        fabric.registering = registering
+        one.register(memory)
+        assert sorted(seen) == [(device, LARGE, True) for device in "abcd"]
+        one.unregister(memory)
+        del memory
 
 
 def test_a_key_of_ours_that_the_device_refuses(fabric: Fabric) -> None:

@@ -68,7 +68,7 @@ QP_CUT = 56  # 1: the device took part of a chain; the last that counts as poste
 QP_WORDS = 8
 
 CHAIN, CHAIN_BYTES = 16, 256 << 10  # work requests, bytes of one post
-TURN_BYTES = 1 << 20  # about so much is posted between two looks at completions and the clock: soft-RoCE moves it at once
+TURN_BYTES = 1 << 20  # posted between two looks at completions and the clock, as soft-RoCE moves it in the call
 POLLED = 32  # completions of one poll
 MAX_EVENTS = 16
 OVER = 8  # flag of a slice: it is completed
