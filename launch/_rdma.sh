@@ -32,6 +32,7 @@ warm_for_guest() {
 set_up() {
     "$ROOT/launch/setup-rdma" >/dev/null || exit 125
     set_up_peers $ORIGINALS
+    [ "$WAY" = native ] || "$ROOT/launch/slurm-sandbox" install || exit 125
     if [ "$WAY" = guest ]; then
         "$ROOT/launch/soft-roce-vm" --setup || exit 125
         warm_for_guest

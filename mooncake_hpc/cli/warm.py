@@ -42,17 +42,19 @@ def main(arguments: Sequence[str], command: Sequence[str] = ()) -> int:
 def _stamp() -> Path | None:
     """The file that says that the cache has everything; None where numba keeps its cache elsewhere.
 
-    Named after all that a kernel's code depends on. Looked at without numba, whose import alone takes a second on a
-    slow file system.
+    Named after all that a kernel's code depends on; "generic" is the one processor of numba's that is the same on every
+    machine. Looked at without numba, whose import alone takes a second on a slow file system.
     """
     folder = os.environ.get("NUMBA_CACHE_DIR")
     if not folder:
         return None
     key = hashlib.sha256(f"{sys.version} {sys.prefix} {version('numba')} {version('numpy')}".encode())
-    for name in sorted(name for name in os.environ if name.startswith("NUMBA_")):  # NUMBA_CPU_NAME, for one
+    settings = {name for name in os.environ if name.startswith("NUMBA_")} - {"NUMBA_NUM_THREADS"}  # no code's matter
+    for name in sorted(settings):  # NUMBA_CPU_NAME, for one
         key.update(f"{name}={os.environ[name]}".encode())
     for file in sorted(Path(mooncake_hpc.__file__).parent.rglob("*.py")):
         key.update(f"{file} {file.stat().st_mtime_ns} {file.stat().st_size}".encode())
-    with open("/proc/cpuinfo") as lines:
-        key.update("".join(sorted({line for line in lines if line.startswith(("model name", "Features"))})).encode())
+    if os.environ.get("NUMBA_CPU_NAME") != "generic":
+        with open("/proc/cpuinfo") as lines:
+            key.update("".join(sorted({line for line in lines if line.startswith(("model name", "Features"))})).encode())
     return Path(folder) / f"warm-{key.hexdigest()[:16]}"

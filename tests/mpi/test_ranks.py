@@ -18,8 +18,6 @@ from mooncake_hpc.settings import Settings
 pytestmark = pytest.mark.mpi(min_size=2)
 PROTOCOL = os.environ.get("MOONCAKE_HPC_TEST_PROTOCOL", "tcp")
 
-PROTOCOL = os.environ.get("MOONCAKE_TEST_PROTOCOL", "tcp")
-
 
 def bench(tmp_path: Path, **changes: Any) -> tuple[int, list[str], dict[str, Any], World]:
     """Run the job; exit code, lines, JSON (rank 0's), world."""

@@ -33,7 +33,7 @@ def test_two_ranks(mpirun: str, tmp_path: Path) -> None:
     chosen = ["tests/mpi/test_ranks.py", "-k", "pairs or all_to_all"]
     done = subprocess.run(
         [*ranks, str(ROOT / "launch" / "_rank.sh"), str(tmp_path), sys.executable, *tests, *chosen],
-        cwd=ROOT, env=clean_env(MOONCAKE_TEST_PROTOCOL="rdma"), text=True, stdout=subprocess.PIPE,
+        cwd=ROOT, env=clean_env(MOONCAKE_HPC_TEST_PROTOCOL="rdma"), text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]

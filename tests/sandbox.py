@@ -71,12 +71,14 @@ class Job:
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def __repr__(self) -> str:
-        return f"{self.fields['JobName']} {self.name}: {self.state} {self.code}\n{self.output}"
+        logs = sorted(Path(self.fields["WorkDir"]).glob("rank*.log"))
+        ranks = "".join(f"\n{log.name}:\n{log.read_text(errors='replace')[-2000:]}" for log in logs)
+        return f"{self.fields['JobName']} {self.name}: {self.state} {self.code}\n{self.output}{ranks}"
 
 
 @dataclass
 class Sandbox:
-    """Slurm on the hosts h0 … h3, and the hub, from which jobs are submitted."""
+    """Slurm on the hosts h0, h1 …, and the hub, from which jobs are submitted."""
 
     name: str
     env: dict[str, str] = field(default_factory=dict)
@@ -215,16 +217,16 @@ def _lock_little() -> None:
 
 
 @contextlib.contextmanager
-def sandbox() -> Iterator[Sandbox]:
+def sandbox(nodes: int = NODES) -> Iterator[Sandbox]:
     """Up, with this process for its owner, and down: then none of its processes is left."""
     name = f"test-{os.getpid()}"
     local = ROOT / ".mooncake" / "test" / "local"  # stands for the nodes' own disks: kernels are compiled there once
     env = clean_env(SLURM_SANDBOX=name, MOONCAKE_HPC_PYTHON=sys.executable, MOONCAKE_HPC_LOCAL=str(local))
     slurm = Sandbox(name, env)
-    slurm("up", str(NODES), "none", "--owner", str(os.getpid()))
+    slurm("up", str(nodes), "none", "--owner", str(os.getpid()))
     try:
         networks = {_network(pid) for pid in slurm.holders().values()}
-        assert len(networks) == NODES + 1
+        assert len(networks) == nodes + 1
         yield slurm
     finally:
         slurm("down")
