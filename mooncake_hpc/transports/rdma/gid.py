@@ -7,6 +7,7 @@ from machine to machine, so a fixed index (3, say) is right on some only.
 from __future__ import annotations
 
 import ipaddress
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,22 +92,30 @@ def read_table(device: str, port: int, folder: Path = INFINIBAND) -> list[Gid]:
     if not where.is_dir():
         raise ConfigError(f"RDMA device {device} has no port {port} (MC_IB_PORT): no folder {where}")
     table = []
-    for entry in sorted((where / "gids").iterdir(), key=lambda path: int(path.name)):
-        value = bytes.fromhex(_read(entry).replace(":", ""))
-        kind = _read(where / "gid_attrs" / "types" / entry.name)
-        if value not in (b"", UNUSED) and kind:
-            table.append(Gid(int(entry.name), value, kind, _read(where / "gid_attrs" / "ndevs" / entry.name)))
+    for name in sorted(os.listdir(where / "gids"), key=int):  # a thousand on some, nearly all of them unused
+        value = bytes.fromhex(_read(f"{where}/gids/{name}").replace(":", ""))
+        if value in (b"", UNUSED):
+            continue
+        kind = _read(f"{where}/gid_attrs/types/{name}")
+        if kind:
+            table.append(Gid(int(name), value, kind, _read(f"{where}/gid_attrs/ndevs/{name}")))
     return table
 
 
 def is_infiniband(device: str, port: int, folder: Path = INFINIBAND) -> bool:
     """Whether the port's link is InfiniBand; else it is Ethernet."""
-    return _read(folder / device / "ports" / str(port) / "link_layer") == "InfiniBand"
+    return _read(f"{folder}/{device}/ports/{port}/link_layer") == "InfiniBand"
 
 
-def _read(file: Path) -> str:
+def _read(file: str) -> str:
     """Its text; "" where the kernel has none: an unused entry's attributes fail with EINVAL."""
     try:
-        return file.read_text().strip()
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return ""
+    try:
+        return os.read(descriptor, 4096).decode().strip()
+    except OSError:
+        return ""
+    finally:
+        os.close(descriptor)
