@@ -56,7 +56,6 @@ def _stamp() -> Path | None:
         key.update(f"{file} {file.stat().st_mtime_ns} {file.stat().st_size}".encode())
     if os.environ.get("NUMBA_CPU_NAME") != "generic":
         with open("/proc/cpuinfo") as lines:
-            key.update(
-                "".join(sorted({line for line in lines if line.startswith(("model name", "Features"))})).encode()
-            )
+            processors = {line for line in lines if line.startswith(("model name", "Features"))}
+        key.update("".join(sorted(processors)).encode())
     return Path(folder) / f"warm-{key.hexdigest()[:16]}"

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("nics")
 
 @pytest.mark.timeout(300)
 def test_two_ranks(mpirun: str, tmp_path: Path) -> None:
-    """Reads and writes, one way and both ways, every byte compared."""
+    """Reads and writes, every byte compared."""
     report = tmp_path / "r.xml"
     ranks = [sys.executable, "-m", "mooncake_hpc", "launch", f"--mpirun={mpirun}", "--ranks=2", "--"]
     tests = [
@@ -30,7 +30,7 @@ def test_two_ranks(mpirun: str, tmp_path: Path) -> None:
         "--junitxml",
         str(report),
     ]
-    chosen = ["tests/mpi/test_ranks.py", "-k", "pairs or all_to_all"]
+    chosen = ["tests/mpi/test_ranks.py", "-k", "pairs"]  # more of them in test_slurm.py
     done = subprocess.run(
         [*ranks, str(ROOT / "launch" / "_rank.sh"), str(tmp_path), sys.executable, *tests, *chosen],
         cwd=ROOT, env=clean_env(MOONCAKE_HPC_TEST_PROTOCOL="rdma"), text=True, stdout=subprocess.PIPE,
@@ -38,4 +38,4 @@ def test_two_ranks(mpirun: str, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
     cases = list(xml.parse(report).iter("testcase"))
-    assert len(cases) == 4 and all(case.find("skipped") is None for case in cases), done.stdout[-2000:]
+    assert len(cases) == 2 and all(case.find("skipped") is None for case in cases), done.stdout[-2000:]
