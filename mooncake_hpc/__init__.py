@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mooncake_hpc import errors
+
 if TYPE_CHECKING:
     from mooncake_hpc.batch import Batch
     from mooncake_hpc.engine import TransferEngine
@@ -41,6 +43,7 @@ __all__ = [
     "Settings",
     "TransferEngine",
     "WorkerPool",
+    "errors",
 ]
 __version__ = "0.1.0"
 

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from mooncake_hpc import __version__
 from mooncake_hpc.cli.signals import Terminated, stoppable
 from mooncake_hpc.errors import ConfigError, MooncakeError
 
@@ -78,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = arguments[0] if arguments else ""
     if name in ("-h", "-help", "--help", "help"):
         print(USAGE, end="")
+        return 0
+    if name == "--version":
+        print(f"mooncake-hpc {__version__}")
         return 0
     if name not in COMMANDS:
         problem = f"unknown command {name!r}" if name else "no command"

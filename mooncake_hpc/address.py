@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import logging
 import socket
 import threading
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,8 @@ from typing import Any
 
 from mooncake_hpc.errors import ConfigError
 from mooncake_hpc.settings import Settings
+
+log = logging.getLogger(__name__)
 
 P2P = "P2PHANDSHAKE"  # the original's word for "no metadata server: peers answer for themselves"
 ELSEWHERE = ("192.0.2.1", "2001:db8::1")  # RFC 5737 and RFC 3849: routed by default, owned by nobody
@@ -108,11 +111,11 @@ def published_address(name: str, metadata_spec: str, settings: Settings) -> str:
         # Debian maps the machine's own name to 127.0.1.1, which is no use to other hosts
         if is_local(address) and (meant or not ipaddress.ip_address(address).is_loopback):
             return address
-    for peer in _route_targets(metadata_spec, settings):
-        for address in _addresses(peer, settings):
-            if source := source_address(address):
-                return source
-    return "::1" if settings.use_ipv6 else "127.0.0.1"
+    routes = (address for peer in _route_targets(metadata_spec, settings) for address in _addresses(peer, settings))
+    found = next(filter(None, map(source_address, routes)), "::1" if settings.use_ipv6 else "127.0.0.1")
+    if _is_literal(host):
+        log.warning("name %r holds an address that is none of this machine's: peers are told %s", name, found)
+    return found
 
 
 def source_address(peer: str) -> str | None:

@@ -302,6 +302,7 @@ class World:
                 code = error.code if isinstance(error.code, int) else 1
             if not isinstance(error, MooncakeError | TimeoutError | KeyboardInterrupt | SystemExit):
                 traceback.print_exc()
-            print(f"rank {self.rank} on {self.host.name}: {type(error).__name__}: {error}", file=sys.stderr)
+            told = f"{type(error).__name__}: {error}".removesuffix(": ")
+            print(f"rank {self.rank} on {self.host.name}: {told}", file=sys.stderr)
             self.abort(code)
             raise

@@ -17,6 +17,7 @@ die() { say "$*"; exit 1; }
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 JOB=${JOB:-$SLURM_JOB_ID}
 RESULT=$SLURM_SUBMIT_DIR/$SLURM_JOB_NAME-$JOB.json
+rm -f "$RESULT"  # of an earlier job, where numbers begin anew
 export MC_METADATA_CLUSTER_ID=slurm-$JOB
 
 # ---- arguments

@@ -63,10 +63,13 @@ def test_published_address_rule() -> None:
     assert published_address("[::1]:1", "memory://x", plain) == ("::1" if is_local("::1") else "127.0.0.1")
 
 
-def test_published_address_follows_the_route() -> None:
+def test_published_address_follows_the_route(caplog: pytest.LogCaptureFixture) -> None:
     default = source_address("192.0.2.1")
     expected = default or "127.0.0.1"
     assert published_address("192.0.2.77:12345", "192.0.2.1:2379", Settings()) == expected
+    assert [r.getMessage() for r in caplog.records] == [
+        f"name '192.0.2.77:12345' holds an address that is none of this machine's: peers are told {expected}"
+    ]
     assert published_address("job-17", "P2PHANDSHAKE", Settings()) == expected
     assert is_local(expected)
 

@@ -50,6 +50,7 @@ def test_help_and_version() -> None:
     shown = run("--help")
     assert shown.returncode == 0 and "--block_size  (int, bytes; default 65536)" in shown.stdout
     assert run("--version").stdout.startswith("mooncake-hpc ")
+    assert main(["--version"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -34,3 +34,13 @@ def test_files_that_it_names_exist() -> None:
     named = re.findall(r"\b((?:launch|slurm|benchmarks|examples|tests)/[\w./-]*\w)", README)
     missing = [name for name in named if not (ROOT / name).exists()]
     assert named and not missing
+
+
+def test_every_variable_is_explained() -> None:
+    read = set(
+        re.findall(
+            r"\b(?:MC|MOONCAKE_HPC|NCCL|ETCD)_[A-Z0-9_]*[A-Z0-9]", (ROOT / "mooncake_hpc/settings.py").read_text()
+        )
+    )
+    told = set(re.findall(r"`([A-Z0-9_]+)`", (ROOT / "docs/variables.md").read_text()))
+    assert len(read) > 40 and told == read

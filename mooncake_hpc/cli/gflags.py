@@ -39,7 +39,7 @@ class Flag:
             kind = {bool: "true or false", int: "an integer", float: "a number"}[type(self.default)]
             raise ConfigError(f"--{self.name}={text}: expected {kind}") from None
         if self.choices and value not in self.choices:
-            raise ConfigError(f"--{self.name}={text}: expected one of {', '.join(self.choices)}")
+            raise ConfigError(f"--{self.name}={text}: expected one of {', '.join(filter(None, self.choices))}")
         return value
 
 
@@ -215,6 +215,6 @@ def _describe(flag: Flag) -> Iterable[str]:
     kind = type(flag.default).__name__
     unit = f", {flag.unit}" if flag.unit else ""
     default = f'"{flag.default}"' if isinstance(flag.default, str) else str(flag.default).lower()
-    choices = f" One of {', '.join(flag.choices)}." if flag.choices else ""
+    choices = f" One of {', '.join(filter(None, flag.choices))}." if flag.choices else ""
     yield f"  --{flag.name}  ({kind}{unit}; default {default})"
     yield from textwrap.wrap(flag.help + choices, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)

@@ -46,8 +46,9 @@ FLAGS = FlagSet(
                   choices=("", "trainer", "inferencer", "ls")),
             _flag("metadata_server", "host:port of an etcd, etcd://a:1,b:2 for several endpoints of one, or embedded "
                   "to start one (a trainer, or rank 0). No default."),
-            _flag("local_server_name", "Name of this process's segment, unique, host:port by custom. Default: the "
-                  "host's name; under a launcher <host>:<12345 + rank>."),
+            _flag("local_server_name", "Name of this process's segment, unique, host:port by custom: only a name, though "
+                  "an address of this machine in it is the one published. Default: the host's name; under a launcher "
+                  "<host>:<12345 + rank>."),
         ),
         "Object": (
             _flag("name", "The object's name; for ls the beginning of names."),
@@ -73,7 +74,7 @@ FLAGS = FlagSet(
             *RDMA_FLAGS,
         ),
         "Ranks": (
-            _flag("alone", "Let one rank pull alone first: what efficiency is measured against."),
+            _flag("alone", "Let one rank pull alone first: what efficiency is measured against. --noalone does not."),
             _flag("json", "File to which the result is appended as one line of JSON."),
         ),
         "Logging (glog's)": (*glog.FLAGS, *glog.IGNORED),

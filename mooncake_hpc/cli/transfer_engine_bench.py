@@ -37,8 +37,9 @@ FLAGS = FlagSet(
                   "makes every rank a process on its own.", choices=("initiator", "target")),
             _flag("metadata_server", "Where segments are found: host:port of an etcd, etcd://a:1,b:2 for several "
                   "endpoints of one, P2PHANDSHAKE for none, embedded to start one (a target, or rank 0). No default."),
-            _flag("local_server_name", "Name of this process's segment, unique, host:port by custom. Default: the "
-                  "host's name; under a launcher <host>:<12345 + rank>."),
+            _flag("local_server_name", "Name of this process's segment, unique, host:port by custom: only a name, though "
+                  "an address of this machine in it is the one published. Default: the host's name; under a launcher "
+                  "<host>:<12345 + rank>."),
             _flag("segment_id", "Name of the target's segment. An initiator must be given it."),
             _flag("pattern", "Under a launcher: pairs (rank r + n/2 addresses rank r), fan_in (all address rank 0), "
                   "fan_out (rank 0 addresses all), all_to_all; matrix measures every pair, one after the other.",
@@ -82,7 +83,7 @@ FLAGS = FlagSet(
     },
     epilog="Booleans: --flag, --noflag, --flag=false. Also: --flagfile=FILE, --fromenv=NAME, --undefok=NAME, "
     "--help, --version.\nEnvironment: MC_TCP_BIND_ADDRESS (the address to publish), MC_TCP_PROTO, "
-    "MC_METADATA_CLUSTER_ID,\nMC_MIN_RPC_PORT, MC_MAX_RPC_PORT and others: see the README.",
+    "MC_METADATA_CLUSTER_ID,\nMC_MIN_RPC_PORT, MC_MAX_RPC_PORT and others: docs/variables.md.",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mooncake_hpc.errors import SizeMismatch
+from mooncake_hpc.errors import RegistrationError, SizeMismatch
 from mooncake_hpc.memory import describe
 from mooncake_hpc.p2p.digests import HASHED_AT_ONCE, hashers
 from mooncake_hpc.p2p.layout import Bytes, Memory
@@ -36,12 +36,19 @@ def digest_all(memory: Memory, shard_size: int, algorithm: str) -> bytes:
 def take_apart(data: object) -> tuple[list[Any], str, tuple[Part, ...]]:
     """Buffers, kind and names of what was given."""
     if isinstance(data, Mapping):
-        arrays = {str(name): as_array(value) for name, value in data.items()}
+        arrays = {str(name): _named(name, value) for name, value in data.items()}
         parts = tuple(Part(name, array.dtype.str, array.shape) for name, array in arrays.items())
         return [*data.values()], TENSORS, parts
     if isinstance(data, list | tuple):
         return [*data], BUFFERS, ()
     return [data], BUFFERS, ()
+
+
+def _named(name: object, value: Any) -> npt.NDArray[Any]:
+    try:
+        return as_array(value)
+    except RegistrationError as error:
+        raise RegistrationError(f"{name!r}: {error}") from None
 
 
 def as_array(value: Any) -> npt.NDArray[Any]:

@@ -45,7 +45,7 @@ class Manifest:
     sizes: tuple[int, ...]
     shard_size: int
     algorithm: str
-    digests: bytes
+    digests: bytes = field(repr=False)
     kind: str = BUFFERS
     parts: tuple[Part, ...] = ()
     size: int = field(init=False)

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ class Replica:
     """What `get_replica` returns: the manifest, the object's buffers in its order, and how they came."""
 
     manifest: Manifest
-    arrays: list[Bytes]
+    arrays: list[Bytes] = field(repr=False)
     progress: Progress
 
     def tensors(self) -> dict[str, npt.NDArray[Any]]:

@@ -350,8 +350,10 @@ class Swarm:
 
     def failed(self, name: str, shards: Iterable[int], left: int, now: float) -> None:
         """Nothing comes from the source for now; `left` bytes of these shards have not come. It has no turns, and what
-        it was fetching is not waited for."""
-        source = self.sources[name]
+        it was fetching is not waited for. It may be forgotten already."""
+        source = self.sources.get(name)
+        if source is None:
+            return
         for shard in shards:
             self._ended(name, shard, 0)
         self._count(source.view, -1)

@@ -29,6 +29,11 @@ def test_what_is_no_memory_is_refused(opener: Open, data: Any) -> None:  # noqa:
     store.register("o", content(10))
 
 
+def test_a_tensor_that_is_none_is_named(opener: Open) -> None:  # noqa: F811
+    with pytest.raises(RegistrationError, match="'lr': "):
+        opener().register("o", {"weight": content(10), "lr": 0.1})
+
+
 @pytest.mark.parametrize("name", ["", None, 7, b"x", "x" * 513])
 def test_what_is_no_name_is_refused(opener: Open, name: Any) -> None:  # noqa: F811
     store = opener()

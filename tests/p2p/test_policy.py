@@ -144,6 +144,13 @@ def test_a_holder_that_vanishes_takes_its_claims_along() -> None:
     assert sorted(made.sources) == ["a"]
 
 
+def test_a_source_may_fail_after_its_record_has_gone() -> None:
+    made = swarm(a=View("a", "x", bits(0, 1, 2, 3)))
+    made.forget("a")
+    made.failed("a", [], 0, 1.0)
+    assert not made.sources
+
+
 def test_what_a_finished_reader_was_fetching_is_not_waited_for() -> None:
     """Its board is not read again, and so the claims last seen there would stand."""
     mate = View("mate", "far", bits(0, 1, 2), {"seed": (3,)})
