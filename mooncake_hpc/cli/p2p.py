@@ -46,9 +46,9 @@ FLAGS = FlagSet(
                   choices=("", "trainer", "inferencer", "ls")),
             _flag("metadata_server", "host:port of an etcd, etcd://a:1,b:2 for several endpoints of one, or embedded "
                   "to start one (a trainer, or rank 0). No default."),
-            _flag("local_server_name", "Name of this process's segment, unique, host:port by custom: only a name, but an "
-                  "address of this machine in it is the one published. Default: the host's name; under a launcher "
-                  "<host>:<12345 + rank>."),
+            _flag("local_server_name", "Name of this process's segment, unique, host:port by custom: only a name, but "
+                  "an address of this machine in it is the one published. Default: the host's name; under a "
+                  "launcher <host>:<12345 + rank>."),
         ),
         "Object": (
             _flag("name", "The object's name; for ls the beginning of names."),

@@ -37,9 +37,9 @@ FLAGS = FlagSet(
                   "makes every rank a process on its own.", choices=("initiator", "target")),
             _flag("metadata_server", "Where segments are found: host:port of an etcd, etcd://a:1,b:2 for several "
                   "endpoints of one, P2PHANDSHAKE for none, embedded to start one (a target, or rank 0). No default."),
-            _flag("local_server_name", "Name of this process's segment, unique, host:port by custom: only a name, but an "
-                  "address of this machine in it is the one published. Default: the host's name; under a launcher "
-                  "<host>:<12345 + rank>."),
+            _flag("local_server_name", "Name of this process's segment, unique, host:port by custom: only a name, but "
+                  "an address of this machine in it is the one published. Default: the host's name; under a "
+                  "launcher <host>:<12345 + rank>."),
             _flag("segment_id", "Name of the target's segment. An initiator must be given it."),
             _flag("pattern", "Under a launcher: pairs (rank r + n/2 addresses rank r), fan_in (all address rank 0), "
                   "fan_out (rank 0 addresses all), all_to_all; matrix measures every pair, one after the other.",
