@@ -153,7 +153,9 @@ def roles(pattern: str, size: int) -> tuple[Role, ...]:
         raise ConfigError(f"--pattern={pattern}: expected one of {', '.join(PATTERNS)}")
     if size < 2 or (pattern == "pairs" and size % 2):
         need = "an even number of ranks" if pattern == "pairs" else "at least 2 ranks"
-        raise ConfigError(f"--pattern={pattern} needs {need}, not {size}: mpirun -n {size + 1} …")
+        raise ConfigError(
+            f"--pattern={pattern} needs {need}, not {size}: mpirun -n {size + 1}, NP={size + 1} launch/bench"
+        )
     others = tuple(range(1, size))
     if pattern == "fan_in":
         return (Role(initiators=others), *(Role(targets=(0,)) for _ in others))

@@ -29,6 +29,8 @@ def open_store(spec: str, settings: Settings | None = None) -> MetadataStore:
         return MemoryStore(rest)
     if scheme in ("http", "https"):
         raise ConfigError(f"metadata server {spec!r}: HTTP metadata servers are not supported, use etcd: {ACCEPTED}")
+    if spec.strip() in ("P2PHANDSHAKE", "embedded"):
+        raise ConfigError(f"metadata server {spec!r} names no store to look into: give host:port or etcd://host:port")
     if scheme != "etcd":
         raise ConfigError(f"metadata server {spec!r}: expected {ACCEPTED}")
     endpoints = parse_endpoints(rest)

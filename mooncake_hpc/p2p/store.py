@@ -123,7 +123,7 @@ class P2PStore:
             raise ObjectExists(
                 f"object {manifest.name!r} is registered by somebody else, as version {theirs.version} of "
                 f"{theirs.size} bytes, and differs from ours of {manifest.size} bytes: choose another name, or replace "
-                "it by force=True"
+                "it (force=True, --force)"
             )
         return theirs
 
