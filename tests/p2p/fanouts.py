@@ -9,6 +9,7 @@ slowed down (a pause a piece), so that a fan-out takes a part of a second and a 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import json
 import os
@@ -17,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -240,21 +242,26 @@ def main() -> None:
     warm.transfer("tcp")
     prepare.verify(np.zeros(8, np.uint8), 1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    children: set[int] = set()
+    turns = os.memfd_create("turns")
+    running, codes = 0, []
     for values in plan:
-        while len(children) >= at_once:
-            children.discard(os.wait()[0])
-        pid = os.fork()
-        if pid == 0:
+        if running == at_once:
+            codes.append(os.wait()[1])
+            running -= 1
+        if os.fork() == 0:
             code = 1
             try:
-                print(json.dumps(Run(Trial(**values), etcd).run()), flush=True)
+                line = json.dumps(Run(Trial(**values), etcd).run())
+                fcntl.lockf(turns, fcntl.LOCK_EX)  # a pipe takes so long a line in parts, with others' between them
+                print(line, flush=True)
                 code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(code)
-        children.add(pid)
-    while children:
-        children.discard(os.wait()[0])
+        running += 1
+    codes += [os.wait()[1] for _ in range(running)]
+    assert not any(codes), codes
     assert not Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
 
 
