@@ -16,6 +16,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -237,16 +238,12 @@ class Run:
             os.close(fd)
 
 
-def main() -> None:
-    etcd, plan, at_once = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-    warm.transfer("tcp")
-    prepare.verify(np.zeros(8, np.uint8), 1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    turns = os.memfd_create("turns")
-    running, codes = 0, []
+def _run(etcd: str, plan: list[dict[str, Any]], at_once: int, turns: int) -> list[int]:
+    """Each trial in a process, so many at once; how they ended. Whoever has a result to print locks `turns`."""
+    running, ends = 0, []
     for values in plan:
         if running == at_once:
-            codes.append(os.wait()[1])
+            ends.append(os.wait()[1])
             running -= 1
         if os.fork() == 0:
             code = 1
@@ -260,8 +257,16 @@ def main() -> None:
             finally:
                 os._exit(code)
         running += 1
-    codes += [os.wait()[1] for _ in range(running)]
-    assert not any(codes), codes
+    return ends + [os.wait()[1] for _ in range(running)]
+
+
+def main() -> None:
+    etcd, plan, at_once = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+    warm.transfer("tcp")
+    prepare.verify(np.zeros(8, np.uint8), 1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with tempfile.TemporaryFile() as turns:
+        assert not any(_run(etcd, plan, at_once, turns.fileno())), "a trial could not be made"
     assert not Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
 
 
