@@ -40,12 +40,11 @@ class Batch:
     Made by `TransferEngine.submit`. Any thread may wait, several may.
     """
 
-    __slots__ = ("__weakref__", "_arena", "_count", "_event", "_held", "_lanes", "_pool", "_words")
+    __slots__ = ("__weakref__", "_arena", "_event", "_held", "_lanes", "_pool", "_words")
 
-    def __init__(self, arena: Arena, count: int, pool: ArenaPool, lanes: list[Lane], held: object) -> None:
+    def __init__(self, arena: Arena, pool: ArenaPool, lanes: list[Lane], held: object) -> None:
         self._arena = arena
         self._words = arena.words
-        self._count = count
         self._pool = pool
         self._lanes = lanes
         self._held = held  # slices and whatever else the lanes refer to
@@ -72,7 +71,7 @@ class Batch:
     # --- for the caller -------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return self._count
+        return self._arena.count
 
     @property
     def done(self) -> bool:
@@ -84,7 +83,7 @@ class Batch:
     @property
     def status(self) -> npt.NDArray[np.int8]:
         """A copy of the status of each request: 0 under way, 1 done, below 0 failed (as `TransferError` tells)."""
-        return self._arena.status[: self._count].copy()
+        return self._arena.status[: self._arena.count].copy()
 
     def wait(self, timeout: float | None = None) -> None:
         """Return once all requests are done.

@@ -6,7 +6,6 @@ import logging
 import os
 import secrets
 import threading
-import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Self
@@ -15,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mooncake_hpc.address import bind_listener, published_address
-from mooncake_hpc.arena import Arena, ArenaPool
 from mooncake_hpc.batch import Batch
 from mooncake_hpc.control import client
 from mooncake_hpc.control.directory import Directory
@@ -26,7 +24,7 @@ from mooncake_hpc.control.server import (
     open_rpc_listener,
     refuse_connection,
 )
-from mooncake_hpc.errors import ConfigError, MooncakeError, PeerLost, RegistrationError, TransferTimeout
+from mooncake_hpc.errors import MooncakeError, PeerLost, RegistrationError
 from mooncake_hpc.kernels import slicer
 from mooncake_hpc.kernels.native import compile_ahead
 from mooncake_hpc.memory import MemoryFile, containing, describe
@@ -35,14 +33,13 @@ from mooncake_hpc.remote import Segment
 from mooncake_hpc.request import READ, REQUEST, WRITE, Requests
 from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
 from mooncake_hpc.settings import Settings
-from mooncake_hpc.slicing import Roads, Slicing
+from mooncake_hpc.submitter import Submitter
 from mooncake_hpc.transports.base import Registration, Tables
 from mooncake_hpc.transports.registry import DeviceChoice, make_transports
 
 log = logging.getLogger(__name__)
 
 P2PHANDSHAKE = "P2PHANDSHAKE"
-TARGET_MASK = (1 << slicer.TARGET_BITS) - 1
 
 
 class TransferEngine:
@@ -80,8 +77,7 @@ class TransferEngine:
         self._segments: dict[int, Segment] = {}
         self._by_name: dict[str, Segment] = {}
         self._notifications = Notifications()
-        self._arenas = ArenaPool()
-        self._roads = Roads()
+        self._submitter = Submitter(self._segments, self._settings.transfer_timeout)
         self._adopt(())
         self._closed = False
         try:
@@ -211,8 +207,8 @@ class TransferEngine:
 
     def _adopt(self, registrations: tuple[Registration, ...]) -> None:
         local = Tables.of((r.address, r.address + r.length, r.readonly) for r in registrations)
-        self._roads.set_local(local.pair)
-        self._local, self._registrations = local, registrations
+        self._submitter.set_memory(local, registrations)
+        self._registrations = registrations
 
     def _publish(self, registrations: tuple[Registration, ...]) -> None:
         buffers = tuple(
@@ -247,7 +243,7 @@ class TransferEngine:
             segment.connect(self._transports)
             self._segments[segment.id] = segment
             self._by_name[name] = segment
-            self._roads.set_segments(list(self._segments.values()))
+            self._submitter.set_segments(list(self._segments.values()))
             return segment
 
     def submit(self, requests: Requests, timeout: float | None = None) -> Batch:
@@ -257,54 +253,26 @@ class TransferEngine:
         peer's queue is full, at most `timeout` seconds (None: MC_TRANSFER_TIMEOUT), then raises TransferTimeout.
         Raises AddressRejected for a range that is not registered here or there, with nothing started, and PeerLost.
         """
-        count = len(requests)
-        if requests.dtype is not REQUEST and requests.dtype != REQUEST:
-            raise ConfigError("submit() takes an array of dtype mooncake_hpc.REQUEST")
-        arena = self._arenas.take(count)
-        arena.fill(requests)
-        # the registrations are held by the batch, so that the memory outlives it
-        number = slicer.submit(arena.address, count, self._roads.address)
-        if number > 0:
-            lane = self._roads.lanes[number & TARGET_MASK]
-            batch = Batch(arena, count, self._arenas, [lane], self._registrations)
-            lane.keep(number >> slicer.TARGET_BITS, batch)
-            return batch
-        return self._submit_slowly(arena, count, timeout)
+        return self._submitter.submit(requests, timeout)
 
-    def _submit_slowly(self, arena: Arena, count: int, timeout: float | None) -> Batch:
-        if self._closed:
-            raise PeerLost(f"engine {self.name!r} is closed")
-        limit = self._settings.transfer_timeout if timeout is None else timeout
-        slicing = Slicing(arena, count, self._roads.address)
-        slicing.run(self._segments)
-        batch = Batch(arena, count, self._arenas, [], (self._registrations, slicing.held))
-        batch.start(slicing.parts, time.monotonic() + limit)
-        return batch
+    def transfer(self, requests: Requests, timeout: float | None = None) -> None:
+        """Submit and return when all are done: quicker than `submit` and `Batch.wait`, and the memory is the caller's
+        again however it ends, since a batch that fails, or runs into `timeout` seconds (None: MC_TRANSFER_TIMEOUT) or
+        a Ctrl-C, is cancelled first. Raises as `submit` and `Batch.wait`.
+        """
+        self._submitter.transfer(requests, timeout)
 
     def read(self, local: object, segment: Segment, remote_addr: int, timeout: float | None = None) -> None:
-        """Fill `local` from `remote_addr` in the segment and return when done.
-
-        Raises as `submit` and `Batch.wait`; at `timeout` seconds (None: MC_TRANSFER_TIMEOUT) the batch is cancelled.
-        """
-        self._transfer(READ, local, segment, remote_addr, timeout)
+        """Fill `local` from `remote_addr` in the segment and return when done. Raises as `transfer`."""
+        self._transfer_one(READ, local, segment, remote_addr, timeout)
 
     def write(self, local: object, segment: Segment, remote_addr: int, timeout: float | None = None) -> None:
-        """Copy `local` to `remote_addr` in the segment and return when done. Raises as `read`."""
-        self._transfer(WRITE, local, segment, remote_addr, timeout)
+        """Copy `local` to `remote_addr` in the segment and return when done. Raises as `transfer`."""
+        self._transfer_one(WRITE, local, segment, remote_addr, timeout)
 
-    def _transfer(self, opcode: int, local: object, segment: Segment, remote: int, timeout: float | None) -> None:
+    def _transfer_one(self, opcode: int, local: object, segment: Segment, remote: int, timeout: float | None) -> None:
         view = describe(local)
-        request = np.array([(opcode, segment.id, view.address, remote, view.nbytes)], REQUEST)
-        batch = self.submit(request, timeout)
-        try:
-            batch.wait(self._settings.transfer_timeout if timeout is None else timeout)
-        except TransferTimeout:
-            if not batch.done:
-                batch.cancel()
-            raise
-        except BaseException:  # Ctrl-C: the buffers go back to the caller
-            batch.cancel()
-            raise
+        self.transfer(np.array([(opcode, segment.id, view.address, remote, view.nbytes)], REQUEST), timeout)
 
     def lane_bytes(self) -> dict[str, int]:
         """Payload bytes that our batches moved, by lane (`tcp/<segment>/0`)."""
@@ -351,7 +319,7 @@ class TransferEngine:
             return
         with self._lock:
             closers, self._closers = self._closers[::-1], []
-            self._closed = True
+            self._closed = self._submitter.closed = True
         for segment in self._segments.values():
             _quietly(segment.close)
         for closer in closers:

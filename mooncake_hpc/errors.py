@@ -82,7 +82,12 @@ class WorkerError(MooncakeError):
 
 
 class TransferError(MooncakeError):
-    """A batch or a request failed; the text names peer, segment, address and cause."""
+    """A batch or a request failed; the text names peer, segment, address and cause of the first.
+
+    `failed` is how many requests of the batch failed, where `TransferEngine.transfer` raised it.
+    """
+
+    failed = 1
 
 
 class AddressRejected(TransferError, ValueError):

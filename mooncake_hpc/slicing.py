@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NoReturn
 
 import numpy as np
@@ -23,9 +23,9 @@ Part = tuple[Lane, int, int]  # lane, address of slices, their number
 class Slicing:
     """The parts of one batch. The first route that reaches all requests to a segment takes them."""
 
-    def __init__(self, arena: Arena, count: int, local: int) -> None:
+    def __init__(self, arena: Arena, local: int) -> None:
         """`local` is the address of our pair of tables."""
-        self._arena, self._count, self._local = arena, count, local
+        self._arena, self._count, self._local = arena, arena.count, local
         self.parts: list[Part] = []
         self.held: list[npt.NDArray[np.int64]] = []  # the parts' slices
 
@@ -108,25 +108,3 @@ class Slicing:
             f"{where}: {theirs:#x}+{length} is in no{writable} buffer of the {len(segment.buffers)} that it publishes"
             f" for {segment.transport}"
         )
-
-
-class Roads:
-    """The engine's block for `kernels.slicer.submit`: our tables, and by target id the first route."""
-
-    def __init__(self) -> None:
-        self._block = np.zeros(slicer.ENGINE_WORDS, np.int64)
-        self.address = int(self._block.ctypes.data)
-        self._routes = np.zeros(0, np.int64)
-        self.lanes: list[Lane] = []  # by target id the first lane of the first route
-
-    def set_local(self, pair: npt.NDArray[np.int64]) -> None:
-        """Our range tables; the caller keeps them alive."""
-        self._block[:2] = pair
-
-    def set_segments(self, segments: Sequence[Segment]) -> None:
-        """All opened segments, by id."""
-        self.lanes = [segment.routes[0].lanes[0] for segment in segments]
-        routes = np.array([segment.routes[0].address for segment in segments], np.int64)
-        self._block[slicer.SEGMENTS // 8] = routes.ctypes.data
-        self._block[slicer.SEGMENT_COUNT // 8] = len(routes)
-        self._routes = routes

@@ -29,9 +29,9 @@ class FaultyEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def submit(self, requests: Requests) -> Any:
+    def transfer(self, requests: Requests, timeout: float | None = None) -> None:
         timed = self.armed and requests.size == BATCH  # and not the verifier's own
-        return self._engine.submit(self._alter(requests) if timed else requests)
+        self._engine.transfer(self._alter(requests) if timed else requests, timeout)
 
 
 @pytest.fixture

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
+
 import numpy as np
 import pytest
 
-from mooncake_hpc.bench.statistics import BUCKETS, PERCENTILES, Histogram, Recorder, bucket, bucket_middle
+from mooncake_hpc.bench.statistics import BUCKETS, PERCENTILES, Histogram, bucket, bucket_middle
 
 
 def test_percentiles_are_within_a_bucket_of_numpys() -> None:
@@ -43,11 +45,10 @@ def test_every_bucket_holds_its_own_middle_and_bounds_grow() -> None:
     ]
 
 
-def test_recorder_flushes_and_weights_count() -> None:
-    recorder = Recorder()
-    for value in range(1, 10_001):
-        recorder.record(value)
-    histogram = recorder.flush()
+def test_portions_and_weights_count() -> None:
+    histogram = Histogram()
+    for first in range(1, 10_001, 4096):
+        histogram.add(array("q", range(first, min(first + 4096, 10_001))))
     assert histogram.total == 10_000 and histogram.greatest == 10_000 and histogram.least == 1
     weighted = Histogram()
     weighted.add([100], weight=5)

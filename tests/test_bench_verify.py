@@ -12,26 +12,13 @@ import pytest
 
 from mooncake_hpc import WRITE
 from mooncake_hpc.bench.plan import BenchConfig, Remote, build_requests
-from mooncake_hpc.bench.runner import Runner, transfer
+from mooncake_hpc.bench.runner import Runner
 from mooncake_hpc.bench.verify import Verifier, spans_of
 from mooncake_hpc.errors import PeerLost, TransferError
 from mooncake_hpc.workers.pool import WorkerPool
 
 BLOCK, BATCH, THREADS = 4096, 8, 2
 Change = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
-
-
-class CopyBatch:
-    def __init__(self, size: int, error: TransferError | None = None) -> None:
-        self.status = np.full(size, -1 if error else 1, np.int8)
-        self.error = error
-
-    def wait(self, timeout: float | None = None) -> None:
-        if self.error:
-            raise self.error
-
-    def cancel(self) -> None:
-        pass
 
 
 class CopyEngine:
@@ -44,17 +31,16 @@ class CopyEngine:
         self.after: Callable[[npt.NDArray[Any]], None] = lambda requests: None
         self.error: TransferError | None = None
 
-    def submit(self, requests: npt.NDArray[Any]) -> CopyBatch:
+    def transfer(self, requests: npt.NDArray[Any], timeout: float | None = None) -> None:
         self.submitted += 1
         hit = requests.size == BATCH and self.submitted >= self.at > 0
         if hit and self.error:
-            return CopyBatch(requests.size, self.error)
+            raise self.error
         for opcode, _, local, remote, length in (self.change(requests) if hit else requests).tolist():
             ends = (remote, local) if opcode == WRITE else (local, remote)
             ctypes.memmove(*ends, length)
         if hit:
             self.after(requests)
-        return CopyBatch(requests.size)
 
 
 class Rig:
@@ -73,7 +59,7 @@ class Rig:
         self.verifier = Verifier(
             self.config,
             WorkerPool(0),
-            lambda requests: transfer(self.engine, requests, 5),
+            lambda requests: self.engine.transfer(requests, 5),
             spans_of([(base, self.local)], self.batches, region),
             self.batches,
         )
@@ -136,6 +122,7 @@ def test_a_batch_of_an_earlier_round_does_not_pass() -> None:
 def test_a_failure_ends_the_run_and_is_counted() -> None:
     rig = Rig("read", duration=30)
     rig.engine.at, rig.engine.error = 50, PeerLost("peer t:1 is gone")
+    rig.engine.error.failed = BATCH
     measured = rig.runner.run()
     assert measured.failure == "PeerLost: peer t:1 is gone"
     assert measured.errors in (BATCH, 2 * BATCH) and 0 < measured.batches < 50

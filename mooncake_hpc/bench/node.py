@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from mooncake_hpc.bench.plan import BenchConfig, Remote, build_requests, check_room
-from mooncake_hpc.bench.runner import Measured, Runner, transfer
+from mooncake_hpc.bench.runner import Measured, Runner
 from mooncake_hpc.bench.verify import PREPARE_TIMEOUT, Bytes, Verifier, spans_of
 from mooncake_hpc.errors import ConfigError
 
@@ -131,7 +131,7 @@ class Initiator:
         spans = spans_of(local, self._batches, self._regions[0] * self._config.footprint)
 
         def move(requests: Any) -> None:
-            transfer(self._engine, requests, self._config.timeout + requests["length"].sum() * 1e-9)
+            self._engine.transfer(requests, self._config.timeout + requests["length"].sum() * 1e-9)
 
         return Verifier(self._config, pool, move, spans, self._batches)
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 from mooncake_hpc.bench.plan import BenchConfig
-from mooncake_hpc.bench.statistics import Histogram, Recorder
+from mooncake_hpc.bench.statistics import Histogram
 from mooncake_hpc.bench.verify import Verifier
-from mooncake_hpc.errors import MooncakeError, TransferCancelled
+from mooncake_hpc.errors import MooncakeError, TransferCancelled, TransferError
 
 Requests = npt.NDArray[Any]
+COUNTED = 4096  # latencies are counted this many at a time
 WALL_FACTOR, WALL_EXTRA = 4, 10.0  # a verified run ends at the latest after duration × factor + extra seconds
 
 
@@ -26,30 +26,10 @@ def longest_run(config: BenchConfig) -> float:
     return WALL_FACTOR * config.duration + WALL_EXTRA if config.verify else config.duration
 
 
-class Batch(Protocol):
-    """What the runner needs of `mooncake_hpc.Batch`."""
-
-    @property
-    def status(self) -> npt.NDArray[np.int8]: ...
-    def wait(self, timeout: float | None = None) -> None: ...
-    def cancel(self) -> None: ...
-
-
 class Engine(Protocol):
     """What the runner needs of `mooncake_hpc.TransferEngine`."""
 
-    def submit(self, requests: Requests) -> Batch: ...
-
-
-def transfer(engine: Engine, requests: Requests, timeout: float) -> None:
-    """Submit and wait at most `timeout` seconds; cancels the batch before it lets a failure out."""
-    batch = engine.submit(requests)
-    try:
-        batch.wait(timeout)
-    except BaseException:
-        with contextlib.suppress(MooncakeError):
-            batch.cancel()
-        raise
+    def transfer(self, requests: Requests, timeout: float | None = None) -> None: ...
 
 
 @dataclass(slots=True)
@@ -69,7 +49,7 @@ class Measured:
 @dataclass(slots=True)
 class _Submitter:
     requests: Requests
-    recorder: Recorder = field(default_factory=Recorder)
+    latency: Histogram = field(default_factory=Histogram)  # ns a batch
     batches: int = 0
     begin: int = 0  # of its last window, ns
     end: int = 0
@@ -81,7 +61,7 @@ class Runner:
     def __init__(self, engine: Engine, config: BenchConfig, batches: Sequence[Requests]) -> None:
         self._engine, self._config = engine, config
         self._submitters = [_Submitter(requests) for requests in batches]
-        self._stop = threading.Event()
+        self._stopped = False
         self._lock = threading.Lock()
         self._measured = Measured()
         self._error: Exception | None = None
@@ -94,7 +74,7 @@ class Runner:
             raise self._error
         self._measured = Measured()
         for submitter in self._submitters:
-            submitter.recorder, submitter.batches = Recorder(), 0
+            submitter.latency, submitter.batches = Histogram(), 0
 
     def run(self, verifier: Verifier | None = None) -> Measured:
         """Run for the configured time. A failed transfer ends the run and is told in the result, not raised."""
@@ -112,7 +92,7 @@ class Runner:
         if self._error is not None and not isinstance(self._error, MooncakeError):
             raise self._error
         for submitter in self._submitters:
-            measured.latency.merge(submitter.recorder.flush())
+            measured.latency.merge(submitter.latency)
             measured.batches += submitter.batches
         return measured
 
@@ -133,7 +113,7 @@ class Runner:
             for thread in threads:
                 thread.join()
         except BaseException:  # Ctrl-C: each submitter ends after its batch, or when the engine closes
-            self._stop.set()
+            self._stopped = True
             raise
         elapsed = max(s.end for s in self._submitters) - min(s.begin for s in self._submitters)
         self._measured.seconds += elapsed / 1e9
@@ -141,33 +121,33 @@ class Runner:
 
     def _submit(self, me: _Submitter, start_line: threading.Barrier, limit: int | None, seconds: float) -> None:
         """One submitter's loop. The clock runs from before the submission to the return of the wait."""
-        engine, requests, timeout = self._engine, me.requests, self._config.batch_timeout
-        clock, record, stop = time.perf_counter_ns, me.recorder.record, self._stop
-        done = 0
+        transfer, clock = self._engine.transfer, time.perf_counter_ns
+        requests, timeout = me.requests, self._config.batch_timeout
         start_line.wait(timeout=60)
-        me.begin = me.end = clock()
-        last = me.begin + seconds * 1e9
-        while done != limit and me.end < last and not stop.is_set():
-            batch = None
-            start = clock()
+        me.begin = me.end = end = clock()
+        last, left = end + seconds * 1e9, float("inf") if limit is None else limit
+        while left > 0 and end < last and not self._stopped:
+            latencies = array("q")
+            note = latencies.append
             try:
-                batch = engine.submit(requests)
-                batch.wait(timeout)
+                for _ in range(int(min(left, COUNTED))):
+                    start = clock()
+                    transfer(requests, timeout)
+                    end = clock()
+                    note(end - start)
+                    if end >= last or self._stopped:
+                        break
             except Exception as error:
-                self._fail(batch, error)
-                break
-            me.end = clock()
-            record(me.end - start)
-            done += 1
-        me.batches += done
+                self._fail(error)
+            me.end = end
+            me.batches += len(latencies)
+            me.latency.add(latencies)
+            left -= len(latencies)
 
-    def _fail(self, batch: Batch | None, error: Exception) -> None:
-        """Keep the first cause and end the run; once cancelled, nothing touches the buffers any more."""
-        self._stop.set()
-        if batch is not None:
-            with contextlib.suppress(MooncakeError):
-                batch.cancel()
-        failed = 1 if batch is None else max(1, int(np.count_nonzero(batch.status < 0)))
+    def _fail(self, error: Exception) -> None:
+        """Keep the first cause and end the run."""
+        self._stopped = True
+        failed = error.failed if isinstance(error, TransferError) else 1
         with self._lock:
             if self._error is None or isinstance(self._error, TransferCancelled):
                 self._error, self._measured.failure = error, f"{type(error).__name__}: {error}"

@@ -6,7 +6,6 @@ Buckets are logarithmic with 64 to an octave, as in HdrHistogram: a percentile i
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -95,24 +94,3 @@ def bucket_middle(index: int) -> float:
     shift = (index >> SUB_BITS) - 1
     low = ((index & ((1 << SUB_BITS) - 1)) | (1 << SUB_BITS)) << shift
     return low + ((1 << shift) - 1) / 2
-
-
-class Recorder:
-    """Collects one thread's latencies cheaply: appended to an array, counted 4096 at a time."""
-
-    __slots__ = ("_pending", "histogram")
-
-    def __init__(self) -> None:
-        self.histogram = Histogram()
-        self._pending = array("q")
-
-    def record(self, nanoseconds: int) -> None:
-        self._pending.append(nanoseconds)
-        if len(self._pending) >= 4096:
-            self.flush()
-
-    def flush(self) -> Histogram:
-        """Count what is pending; the histogram."""
-        self.histogram.add(self._pending)
-        self._pending = array("q")
-        return self.histogram

@@ -166,4 +166,7 @@ def submit(batch, count, engine):
         return 0
     put(batch + REMAINING, made)
     number = enqueue(lane, get(batch + SLICES), made, batch)
-    return 0 if number <= 0 else number << TARGET_BITS | target
+    if number <= 0:
+        put(batch + REMAINING, 0)
+        return 0
+    return number << TARGET_BITS | target

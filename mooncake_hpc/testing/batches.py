@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import select
+import signal
 import time
 
 import numpy as np
@@ -120,6 +122,44 @@ class BatchConformance(Linked):
         doomed.cancel()
         kept.wait(20)
         assert link.remote_digest(0, 1 << 20) == digest(link.local[: 1 << 20])
+
+    def test_transfer_that_times_out_gives_the_memory_back(self, link: Link) -> None:
+        link.peer.call("fill", link.remote, 21)
+        with pytest.raises(TransferTimeout) as caught:
+            link.engine.transfer(requests(*[link.request(READ, 0, 0, self.arena)] * 20), timeout=0.002)
+        assert 1 <= caught.value.failed <= 20
+        link.local[:] = 33
+        time.sleep(0.2)
+        assert (link.local == 33).all()
+
+    @pytest.mark.parametrize("length", [8, 1 << 20])
+    def test_transfers_interrupted_at_random_points(self, link: Link, length: int) -> None:
+        """As by Ctrl-C: the memory is the caller's again, the queue goes on, and the next transfer moves its bytes."""
+
+        alarms = 0
+
+        def interrupt(*_: object) -> None:
+            nonlocal alarms
+            alarms += 1
+            raise KeyboardInterrupt
+
+        chance, interrupted = random.Random(26), 0
+        before = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            for round in range(200):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 2e-4))
+                    while alarms == round:
+                        link.engine.transfer(requests(link.request(READ, 0, 0, length)))
+                except KeyboardInterrupt:
+                    interrupted += 1
+                link.local[:length] = round
+                link.run(link.request(WRITE, 0, self.arena // 2, length))
+                assert (link.local[:length] == round).all()
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        assert alarms == 200 and interrupted > 150  # an exception in a destructor is not passed on
+        assert link.remote_digest(self.arena // 2, length) == digest(link.local[:length])
 
     def test_fileno(self, link: Link) -> None:
         link.local[:] = pattern(24, self.arena)

@@ -45,7 +45,7 @@ class Link:
         return opcode, self.segment.id, address(self.local) + ours, self.remote + theirs, length
 
     def run(self, *records: tuple[int, int, int, int, int], timeout: float = 30.0) -> None:
-        self.engine.submit(requests(*records)).wait(timeout)
+        self.engine.transfer(requests(*records), timeout)
 
     def hammer(self, memory: Bytes, write: bool) -> None:
         """Have the peer transfer all of our `memory` over and over; returns once it does."""

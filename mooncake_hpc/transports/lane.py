@@ -67,12 +67,21 @@ class Lane(ABC):
     @property
     def pending(self) -> bool:
         """Whether anything is queued."""
-        return self._get(layout.HEAD) != self._get(layout.TAIL)
+        return self._get(layout.HEAD) != self.queued
 
     @property
     def bytes(self) -> int:
         """Payload bytes completed since the start."""
         return int(self.words[layout.BYTES // 8])
+
+    @property
+    def queued(self) -> int:
+        """The number of the last entry queued so far."""
+        return self._get(layout.TAIL)
+
+    def has_left(self, number: int) -> bool:
+        """Whether entry `number` is out of the queue, so that no thread looks at its batch any more."""
+        return self._head[0] >= number
 
     def keep(self, number: int, batch: Batch) -> None:
         """Hold a queued batch until its entry has left the queue; drop those that have."""
@@ -93,10 +102,14 @@ class Lane(ABC):
         Raises TransferTimeout, PeerLost when closed.
         """
         while True:
-            number = layout.enqueue(self.address, slices, count, address)
-            if number > 0:
-                self.keep(number, batch)
-                return
+            try:
+                number = layout.enqueue(self.address, slices, count, address)
+                if number > 0:
+                    self.keep(number, batch)
+                    return
+            except BaseException:  # Ctrl-C, with the entry in the queue or not
+                self.keep(self.queued, batch)
+                raise
             if number < 0:
                 raise PeerLost(f"{self.peer}: the connection is closed")
             if time.monotonic() > deadline:

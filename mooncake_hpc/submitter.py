@@ -1,0 +1,120 @@
+"""From the caller's request arrays to batches in lanes' queues."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mooncake_hpc.arena import Arena, ArenaPool
+from mooncake_hpc.batch import NATIVE_CALL, Batch
+from mooncake_hpc.errors import ConfigError, PeerLost, TransferError
+from mooncake_hpc.kernels import lane as layout
+from mooncake_hpc.kernels import slicer
+from mooncake_hpc.remote import Segment
+from mooncake_hpc.request import REQUEST, Requests
+from mooncake_hpc.slicing import Slicing
+from mooncake_hpc.transports.base import Registration, Tables
+from mooncake_hpc.transports.lane import Lane
+
+TARGET_MASK = (1 << slicer.TARGET_BITS) - 1
+WORD, ERROR = layout.WORD // 8, layout.ERROR // 8
+
+
+class Submitter:
+    """One an engine; thread-safe. The usual case, one peer by one lane, is a single native call."""
+
+    def __init__(self, segments: Mapping[int, Segment], patience: float) -> None:
+        """`segments` stays the engine's; `patience` in seconds is for callers that name no timeout."""
+        self._segments, self._patience = segments, patience
+        self._arenas = ArenaPool()
+        self._block = np.zeros(slicer.ENGINE_WORDS, np.int64)  # for `slicer.submit`
+        self._address = int(self._block.ctypes.data)
+        self._routes = np.zeros(0, np.int64)
+        self._lanes: list[Lane] = []  # by target id the first lane of the first route
+        self._tables: Tables | None = None
+        self._held: tuple[Registration, ...] = ()
+        self.closed = False
+
+    def set_memory(self, tables: Tables, registrations: tuple[Registration, ...]) -> None:
+        """What may be read and written here from now on."""
+        self._block[:2] = tables.pair
+        self._tables, self._held = tables, registrations
+
+    def set_segments(self, segments: Sequence[Segment]) -> None:
+        """All opened segments, by id."""
+        self._lanes = [segment.routes[0].lanes[0] for segment in segments]
+        routes = np.array([segment.routes[0].address for segment in segments], np.int64)
+        self._block[slicer.SEGMENTS // 8] = routes.ctypes.data
+        self._block[slicer.SEGMENT_COUNT // 8] = len(routes)
+        self._routes = routes
+
+    def submit(self, requests: Requests, timeout: float | None) -> Batch:
+        """As `TransferEngine.submit`."""
+        arena, held = self._take(requests), self._held
+        try:
+            number = slicer.submit(arena.address, arena.count, self._address)
+            if number > 0:
+                return self._batch(arena, number, held)
+        except BaseException:  # Ctrl-C, and nobody has the batch
+            self._cancel(arena)
+            raise
+        return self._submit_slowly(arena, self._patience if timeout is None else timeout)
+
+    def transfer(self, requests: Requests, timeout: float | None) -> None:
+        """As `TransferEngine.transfer`. A batch that ends in its first native call never becomes an object."""
+        arena, held, begin = self._take(requests), self._held, time.monotonic_ns()
+        limit = int((self._patience if timeout is None else timeout) * 1e9)
+        try:
+            number = slicer.submit(arena.address, arena.count, self._address)
+            if number > 0:
+                lane = self._lanes[number & TARGET_MASK]
+                lane.drive(arena.address, begin + (NATIVE_CALL if limit > NATIVE_CALL else limit))
+        except BaseException:
+            self._cancel(arena)
+            raise
+        words = arena.words
+        if number > 0 and words[WORD] & 1 and not words[ERROR] and lane.has_left(number >> slicer.TARGET_BITS):
+            self._arenas.give(arena)
+            return
+        batch = self._batch(arena, number, held) if number > 0 else self._submit_slowly(arena, limit / 1e9)
+        try:
+            batch.wait(max(0, begin + limit - time.monotonic_ns()) / 1e9)
+        except BaseException as error:
+            batch.cancel()
+            if isinstance(error, TransferError):
+                error.failed = int(np.count_nonzero(batch.status < 0))
+            raise
+
+    def _take(self, requests: Requests) -> Arena:
+        if requests.dtype is not REQUEST and requests.dtype != REQUEST:
+            raise ConfigError("a transfer takes an array of dtype mooncake_hpc.REQUEST")
+        return self._arenas.take(requests)
+
+    def _batch(self, arena: Arena, number: int, held: tuple[Registration, ...]) -> Batch:
+        """The batch of what `slicer.submit` has queued. It holds the registrations, so that memory outlives it."""
+        lane = self._lanes[number & TARGET_MASK]
+        batch = Batch(arena, self._arenas, [lane], held)
+        lane.keep(number >> slicer.TARGET_BITS, batch)
+        return batch
+
+    def _submit_slowly(self, arena: Arena, limit: float) -> Batch:
+        if self.closed:
+            raise PeerLost("this engine is closed")
+        slicing = Slicing(arena, self._address)
+        slicing.run(self._segments)
+        batch = Batch(arena, self._arenas, [], (self._held, slicing.held))
+        batch.start(slicing.parts, time.monotonic() + limit)
+        return batch
+
+    def _cancel(self, arena: Arena) -> None:
+        """Cancel what `slicer.submit` may have queued. The arena is not used again: others may have seen it."""
+        words, target = arena.words, int(arena.requests["target_id"][0])
+        queued = words[layout.REMAINING // 8] != 0 or words[WORD] & 1
+        if not queued or not 0 <= target < len(self._lanes):
+            return
+        lane = self._lanes[target]
+        batch = Batch(arena, ArenaPool(), [lane], self._held)
+        lane.keep(lane.queued, batch)
+        batch.cancel()
