@@ -319,11 +319,12 @@ class TransferEngine:
             return
         with self._lock:
             closers, self._closers = self._closers[::-1], []
-            self._closed = self._submitter.closed = True
+            self._closed = True
         for segment in self._segments.values():
             _quietly(segment.close)
         for closer in closers:
             _quietly(closer)
+        self._submitter.close()
         gone, self._registrations = self._registrations, ()  # a closed engine keeps no memory
         _release(gone, ())
 

@@ -35,7 +35,7 @@ class Submitter:
         self._lanes: list[Lane] = []  # by target id the first lane of the first route
         self._tables: Tables | None = None
         self._held: tuple[Registration, ...] = ()
-        self.closed = False
+        self._closed = False
 
     def set_memory(self, tables: Tables, registrations: tuple[Registration, ...]) -> None:
         """What may be read and written here from now on."""
@@ -49,6 +49,10 @@ class Submitter:
         self._block[slicer.SEGMENTS // 8] = routes.ctypes.data
         self._block[slicer.SEGMENT_COUNT // 8] = len(routes)
         self._routes = routes
+
+    def close(self) -> None:
+        """Once no lane carries anything any more: from now on nothing is taken, and no memory kept."""
+        self._closed, self._held = True, ()
 
     def submit(self, requests: Requests, timeout: float | None) -> Batch:
         """As `TransferEngine.submit`."""
@@ -100,7 +104,7 @@ class Submitter:
         return batch
 
     def _submit_slowly(self, arena: Arena, limit: float) -> Batch:
-        if self.closed:
+        if self._closed:
             raise PeerLost("this engine is closed")
         slicing = Slicing(arena, self._address)
         slicing.run(self._segments)
