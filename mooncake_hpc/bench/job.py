@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -24,16 +23,14 @@ from mooncake_hpc.bench.report import (
 )
 from mooncake_hpc.bench.runner import longest_run
 from mooncake_hpc.errors import ConfigError, MooncakeError
-from mooncake_hpc.mpi import Launch, World, default_name, shared_address
+from mooncake_hpc.metadata.shared import EMBEDDED, job_metadata, login_variables, own_metadata
+from mooncake_hpc.mpi import Launch, World, default_name
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.transports.choice import engine_options
 
 if TYPE_CHECKING:
     from mooncake_hpc import TransferEngine
-    from mooncake_hpc.metadata.embedded import EmbeddedEtcd
     from mooncake_hpc.workers.pool import WorkerPool
-
-EMBEDDED = "embedded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,25 +73,10 @@ def open_engine(config: BenchConfig, metadata: str, settings: Settings) -> Trans
     )
 
 
-def _embedded_etcd(host: str, settings: Settings) -> tuple[EmbeddedEtcd, str, Settings]:
-    """A running etcd, its endpoint, and settings to reach it; with a password unless only this host can."""
-    from mooncake_hpc.metadata.embedded import EmbeddedEtcd
-
-    password = "" if host in ("127.0.0.1", "::1") else secrets.token_urlsafe(18)
-    etcd = EmbeddedEtcd(host, password, settings)
-    return etcd, etcd.endpoint, replace(settings, etcd_user=etcd.user, etcd_password=password)
-
-
 def run_target(config: BenchConfig, settings: Settings, output: Output, command: Sequence[str]) -> int:
     """Publish buffers and serve until KeyboardInterrupt; prints the initiator's `command` with what it needs."""
     with ExitStack() as stack:
-        metadata = config.metadata_server
-        if metadata == EMBEDDED:
-            from mooncake_hpc.address import published_address
-
-            host = published_address(config.local_server_name, "P2PHANDSHAKE", settings)
-            etcd, metadata, settings = _embedded_etcd(host, settings)
-            stack.enter_context(etcd)
+        metadata, settings = own_metadata(config.metadata_server, config.local_server_name, settings, stack)
         engine = stack.enter_context(open_engine(config, metadata, settings))
         target = Target(engine, config)
         sizes = ", ".join(str(buffer.size) for buffer in target.buffers)
@@ -120,10 +102,7 @@ def initiator_command(
     for flag in ("operation", "block_size", "batch_size", "threads", "duration"):
         if getattr(config, flag) != defaults[flag]:
             words.append(f"--{flag}={getattr(config, flag)}")
-    login = {}
-    if settings.etcd_password:
-        login = {"MOONCAKE_HPC_ETCD_USER": settings.etcd_user, "MOONCAKE_HPC_ETCD_PASSWORD": settings.etcd_password}
-    return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in login.items()), shlex.join(words)])
+    return login_variables(settings) + shlex.join(words)
 
 
 def run_initiator(config: BenchConfig, settings: Settings, output: Output) -> int:
@@ -155,7 +134,7 @@ def run_ranks(config: BenchConfig, settings: Settings, launch: Launch, world: Wo
     """One rank's part of the job; rank 0 reports. The exit code of this rank."""
     wait = config.timeout + settings.settle_timeout
     with ExitStack() as stack:
-        metadata, settings = shared_metadata(config, settings, world, stack, wait)
+        metadata, settings = job_metadata(config.metadata_server, settings, world, stack, wait)
         config = replace(config, mode="by rank", local_server_name=config.local_server_name or default_name(launch))
         with open_engine(config, metadata, settings) as engine:
             ends = _measure(config, engine, world, output, wait)
@@ -198,19 +177,3 @@ def _measure(config: BenchConfig, engine: TransferEngine, world: World, output: 
 def _report_all(config: BenchConfig, ends: Sequence[_End], output: Output) -> int:
     cpus = [end.target_cpu for end in ends if end.target_cpu is not None]
     return output.report(config, [end.result for end in ends if end.result], sum(cpus) if cpus else None)
-
-
-def shared_metadata(
-    config: BenchConfig, settings: Settings, world: World, stack: ExitStack, wait: float
-) -> tuple[str, Settings]:
-    """The job's metadata server: what was named, or an etcd that rank 0 starts and tells the others about."""
-    hosts = world.allgather(world.host, wait, "all ranks start")
-    if config.metadata_server != EMBEDDED:
-        return config.metadata_server, settings
-    access = None
-    if world.rank == 0:
-        etcd, endpoint, settings = _embedded_etcd(shared_address(hosts, settings.tcp_bind_address), settings)
-        stack.enter_context(etcd)
-        access = (endpoint, settings.etcd_user, settings.etcd_password)
-    endpoint, user, password = world.broadcast(access, wait, "rank 0 starts etcd")
-    return endpoint, replace(settings, etcd_user=user, etcd_password=password)

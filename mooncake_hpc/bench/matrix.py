@@ -13,12 +13,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mooncake_hpc.bench.job import Output, open_engine, shared_metadata, worker_pool
+from mooncake_hpc.bench.job import Output, open_engine, worker_pool
 from mooncake_hpc.bench.node import Initiator, Result, Target
 from mooncake_hpc.bench.plan import BenchConfig
 from mooncake_hpc.bench.report import Units, configuration_lines, figures, machine, throughput, write_json
 from mooncake_hpc.bench.runner import longest_run
 from mooncake_hpc.errors import ConfigError, MooncakeError
+from mooncake_hpc.metadata.shared import job_metadata
 from mooncake_hpc.mpi import Launch, World, default_name
 from mooncake_hpc.settings import Settings
 
@@ -124,7 +125,7 @@ def run_ranks(
     turn = wait + longest_run(config) + config.batch_timeout * (1 + config.warmup)
     code = 0
     with ExitStack() as stack:
-        metadata, settings = shared_metadata(config, settings, world, stack, wait)
+        metadata, settings = job_metadata(config.metadata_server, settings, world, stack, wait)
         config = replace(config, mode="by rank", local_server_name=config.local_server_name or default_name(launch))
         with open_engine(config, metadata, settings) as engine, worker_pool(config) as pool:
             Target(engine, config)  # one region: a target serves one pair at a time

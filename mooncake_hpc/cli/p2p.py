@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import fields, replace
 
 from mooncake_hpc import topology
@@ -13,17 +12,9 @@ from mooncake_hpc.cli import glog
 from mooncake_hpc.cli.gflags import Flag, FlagSet, Parsed
 from mooncake_hpc.cli.transport import RDMA_FLAGS, asked
 from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.mpi import Launch, World, default_name, detect, shared_address
+from mooncake_hpc.mpi import Launch, World, default_name, detect
 from mooncake_hpc.p2p.digests import ALGORITHMS
-from mooncake_hpc.p2p.job import (
-    EMBEDDED,
-    SETTLE,
-    P2PConfig,
-    run_inferencer,
-    run_list,
-    run_ranks,
-    run_trainer,
-)
+from mooncake_hpc.p2p.job import P2PConfig, run_inferencer, run_list, run_ranks, run_trainer
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.transports.choice import PROTOCOLS, choose
 
@@ -105,7 +96,9 @@ def main(arguments: Sequence[str], command: Sequence[str] = ("p2p-store-example"
     if config.cmd == "inferencer":
         return run_inferencer(config, settings, _say)
     assert launch is not None
-    return _run_ranks(config, settings, launch)
+    world = World(launch, settle=settings.settle_timeout)
+    with world.guarded():
+        return run_ranks(config, settings, world, _say)
 
 
 def _say(line: str) -> None:
@@ -139,21 +132,3 @@ def configure(flags: Parsed, launch: Launch | None) -> P2PConfig:
     if config.cmd == "ls":
         return config if "name" in flags.named else replace(config, name="")
     return replace(config, local_server_name=config.local_server_name or default_name(launch))
-
-
-def _run_ranks(config: P2PConfig, settings: Settings, launch: Launch) -> int:
-    world = World(launch, settle=settings.settle_timeout)
-    with world.guarded(), ExitStack() as stack:
-        metadata = config.metadata_server
-        hosts = world.allgather(world.host, SETTLE, "all ranks start")
-        if metadata == EMBEDDED:
-            endpoint = None
-            if world.rank == 0:
-                from mooncake_hpc.metadata.embedded import EmbeddedEtcd
-
-                host = shared_address(hosts, settings.tcp_bind_address)
-                endpoint = stack.enter_context(EmbeddedEtcd(host, settings=settings)).endpoint
-            metadata = world.broadcast(endpoint, SETTLE, "rank 0 starts etcd")
-        code = run_ranks(config, settings, metadata, world, _say)
-        world.barrier(SETTLE, "all ranks withdraw their keys")  # before rank 0 ends an embedded etcd
-        return code

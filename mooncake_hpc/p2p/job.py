@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mooncake_hpc.errors import ConfigError, IntegrityError
 from mooncake_hpc.kernels import prepare
+from mooncake_hpc.metadata.shared import EMBEDDED, job_metadata, login_variables, own_metadata
 from mooncake_hpc.p2p.buffers import digest_all
 from mooncake_hpc.p2p.layout import Memory
 from mooncake_hpc.p2p.manifest import UNVERIFIED
@@ -25,9 +26,7 @@ from mooncake_hpc.transports.choice import engine_options
 if TYPE_CHECKING:
     from mooncake_hpc.mpi import World
 
-EMBEDDED = "embedded"
 POLL = 0.2  # seconds between two looks of a trainer at its replicas
-SETTLE = 60.0  # seconds that ranks may differ in starting up
 QUIET = 1.0  # seconds for which nobody pulls from us before we leave
 
 Say = Callable[[str], None]
@@ -97,12 +96,7 @@ def check_whole(replica: Replica) -> str:
 def run_trainer(config: P2PConfig, settings: Settings, say: Say) -> int:
     """Publish and serve until KeyboardInterrupt, or until for `idle` seconds nobody has pulled. The exit code."""
     with ExitStack() as stack:
-        metadata = config.metadata_server
-        if metadata == EMBEDDED:
-            from mooncake_hpc.metadata.embedded import EmbeddedEtcd
-
-            etcd = stack.enter_context(EmbeddedEtcd(settings=settings))
-            metadata = etcd.endpoint
+        metadata, settings = own_metadata(config.metadata_server, config.local_server_name, settings, stack)
         store = stack.enter_context(open_store(config, metadata, settings))
         started = time.monotonic()
         publish(store, config)
@@ -110,7 +104,7 @@ def run_trainer(config: P2PConfig, settings: Settings, say: Say) -> int:
         say(
             f"trainer {store.name}: object {info.name!r}, version {info.version}, {info.size} bytes in "
             f"{info.shards} shards of {info.shard_size}, published in {time.monotonic() - started:.2f} s; "
-            f"--metadata_server={metadata}"
+            f"{login_variables(settings)}--metadata_server={metadata}"
         )
         with contextlib.suppress(KeyboardInterrupt):
             _serve(store, config, say)
@@ -172,19 +166,23 @@ def run_list(config: P2PConfig, settings: Settings, say: Say) -> int:
     return 0
 
 
-def run_ranks(config: P2PConfig, settings: Settings, metadata: str, world: World, say: Say) -> int:
+def run_ranks(config: P2PConfig, settings: Settings, world: World, say: Say) -> int:
     """One rank's part: rank 0 publishes, the others pull at once; rank 0 reports. The exit code of this rank."""
     if world.size < 2:
         raise ConfigError("mooncake-hpc p2p needs 2 ranks at least: one publishes, the others pull")
-    wait = SETTLE + (config.timeout or 600.0)
-    with open_store(config, metadata, settings) as store:
-        if world.rank == 0:
-            publish(store, config)
-        world.barrier(wait, "rank 0 publishes")
-        alone = _pull_alone(config, store, world, wait) if config.alone else None
-        result = _pull_together(config, store, world, wait)
-        ends = world.gather((store.name, result), wait, "results")
-        world.barrier(wait, "all ranks leave")
+    settle = settings.settle_timeout
+    wait = settle + (config.timeout or 600.0)
+    with ExitStack() as stack:
+        metadata, settings = job_metadata(config.metadata_server, settings, world, stack, settle)
+        with open_store(config, metadata, settings) as store:
+            if world.rank == 0:
+                publish(store, config)
+            world.barrier(wait, "rank 0 publishes")
+            alone = _pull_alone(config, store, world, wait) if config.alone else None
+            result = _pull_together(config, store, world, wait)
+            ends = world.gather((store.name, result), wait, "results")
+            world.barrier(wait, "all ranks leave")
+        world.barrier(settle, "all ranks withdraw their keys")  # before rank 0 ends an embedded etcd
     if world.rank == 0:
         fan_out = _add_up(ends, alone, config)
         for line in fan_out.lines():

@@ -1,0 +1,58 @@
+"""An etcd that a command starts for itself and for others: without a password only where nobody else reaches it."""
+
+from __future__ import annotations
+
+import secrets
+import shlex
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mooncake_hpc.address import published_address
+from mooncake_hpc.mpi import World, shared_address
+from mooncake_hpc.settings import Settings
+
+if TYPE_CHECKING:
+    from mooncake_hpc.metadata.embedded import EmbeddedEtcd
+
+EMBEDDED = "embedded"  # what a user names instead of a metadata server
+LOOPBACK = ("127.0.0.1", "::1")
+
+
+def start_etcd(host: str, settings: Settings) -> tuple[EmbeddedEtcd, Settings]:
+    """A running etcd that listens on `host`, and settings to log in to it."""
+    from mooncake_hpc.metadata.embedded import EmbeddedEtcd
+
+    password = "" if host in LOOPBACK else secrets.token_urlsafe(18)
+    etcd = EmbeddedEtcd(host, password, settings)
+    return etcd, replace(settings, etcd_user=etcd.user, etcd_password=password)
+
+
+def own_metadata(named: str, name: str, settings: Settings, stack: ExitStack) -> tuple[str, Settings]:
+    """What `named` says, or an etcd of the process `name`, which others reach where they reach the process."""
+    if named != EMBEDDED:
+        return named, settings
+    etcd, settings = start_etcd(published_address(name, "P2PHANDSHAKE", settings), settings)
+    return stack.enter_context(etcd).endpoint, settings
+
+
+def job_metadata(named: str, settings: Settings, world: World, stack: ExitStack, wait: float) -> tuple[str, Settings]:
+    """What `named` says, or an etcd of the job: rank 0 starts it where all ranks reach it, and tells the others."""
+    hosts = world.allgather(world.host, wait, "all ranks start")
+    if named != EMBEDDED:
+        return named, settings
+    access = None
+    if world.rank == 0:
+        etcd, settings = start_etcd(shared_address(hosts, settings.tcp_bind_address), settings)
+        stack.enter_context(etcd)
+        access = (etcd.endpoint, settings.etcd_user, settings.etcd_password)
+    endpoint, user, password = world.broadcast(access, wait, "rank 0 starts etcd")
+    return endpoint, replace(settings, etcd_user=user, etcd_password=password)
+
+
+def login_variables(settings: Settings) -> str:
+    """The variables that a printed command needs in front of it, each with a space behind, or ""."""
+    if not settings.etcd_password:
+        return ""
+    login = {"MOONCAKE_HPC_ETCD_USER": settings.etcd_user, "MOONCAKE_HPC_ETCD_PASSWORD": settings.etcd_password}
+    return "".join(f"{name}={shlex.quote(value)} " for name, value in login.items())
