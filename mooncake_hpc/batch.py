@@ -93,7 +93,7 @@ class Batch:
         """
         if not self.join(timeout):
             raise TransferTimeout(
-                f"{self._describe()} is not done after {timeout} s; it goes on: wait again, or cancel() it"
+                f"{self.describe()} is not done after {timeout} s; it goes on: wait again, or cancel() it"
             )
         if self._words[ERROR]:
             self._raise_error()
@@ -125,7 +125,7 @@ class Batch:
         for lane in self._lanes:
             lane.interrupt()
         if not self.join(timeout):
-            raise TransferTimeout(f"{self._describe()} could not be cancelled within {timeout} s")
+            raise TransferTimeout(f"{self.describe()} could not be cancelled within {timeout} s")
 
     def fileno(self) -> int:
         """A descriptor that becomes readable when the batch is done, for select and event loops. Ours to close."""
@@ -174,7 +174,8 @@ class Batch:
                 return
         layout.await_batch(batch, until)
 
-    def _describe(self) -> str:
+    def describe(self) -> str:
+        """Its size and its peers, for messages."""
         where = ", ".join(sorted({lane.peer for lane in self._lanes})) or "nobody"
         return f"batch of {len(self)} requests with {where}"
 
@@ -192,7 +193,7 @@ class Batch:
         index = self._words[layout.ERROR_REQUEST // 8]
         request = self._arena.requests[index]
         verb = "WRITE to" if request["opcode"] == WRITE else "READ of"
-        what = f"{verb} {int(request['remote_addr']):#x}+{int(request['length'])} (request {index}, {self._describe()})"
+        what = f"{verb} {int(request['remote_addr']):#x}+{int(request['length'])} (request {index}, {self.describe()})"
         cause = "; ".join(dict.fromkeys(lane.last_error for lane in self._lanes if lane.last_error))
         kind, text = _FAILURES[code]
         return kind(f"{what}: {text}" + (f" ({cause})" if cause and kind is not TransferCancelled else ""))

@@ -192,6 +192,8 @@ class TransferEngine:
 
     def _add(self, registrations: list[Registration]) -> None:
         with self._lock:
+            if self._closed:
+                raise RegistrationError(f"engine {self.name!r} is closed")
             before, after = self._registrations, (*self._registrations, *registrations)
             self._adopt(after)
             try:
@@ -234,6 +236,8 @@ class TransferEngine:
         Raises SegmentNotFound, MetadataUnavailable, PeerLost.
         """
         with self._lock:
+            if self._closed:
+                raise PeerLost(f"engine {self.name!r} is closed")
             known = self._by_name.get(name)
             if known is not None:
                 if not known.replaced():

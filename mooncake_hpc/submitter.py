@@ -9,7 +9,7 @@ import numpy as np
 
 from mooncake_hpc.arena import Arena, ArenaPool
 from mooncake_hpc.batch import NATIVE_CALL, Batch
-from mooncake_hpc.errors import ConfigError, PeerLost, TransferError
+from mooncake_hpc.errors import ConfigError, PeerLost, TransferError, TransferTimeout
 from mooncake_hpc.kernels import lane as layout
 from mooncake_hpc.kernels import slicer
 from mooncake_hpc.remote import Segment
@@ -84,7 +84,9 @@ class Submitter:
             return
         batch = self._batch(arena, number, held) if number > 0 else self._submit_slowly(arena, limit / 1e9)
         try:
-            batch.wait(max(0, begin + limit - time.monotonic_ns()) / 1e9)
+            if not batch.join(max(0, begin + limit - time.monotonic_ns()) / 1e9):
+                raise TransferTimeout(f"{batch.describe()} is not done after {limit / 1e9:g} s: cancelled")
+            batch.wait()
         except BaseException as error:
             batch.cancel()
             if isinstance(error, TransferError):
@@ -92,8 +94,8 @@ class Submitter:
             raise
 
     def _take(self, requests: Requests) -> Arena:
-        if requests.dtype is not REQUEST and requests.dtype != REQUEST:
-            raise ConfigError("a transfer takes an array of dtype mooncake_hpc.REQUEST")
+        if not isinstance(requests, np.ndarray) or requests.ndim != 1 or requests.dtype != REQUEST:
+            raise ConfigError("a transfer takes a one-dimensional array of dtype mooncake_hpc.REQUEST")
         return self._arenas.take(requests)
 
     def _batch(self, arena: Arena, number: int, held: tuple[Registration, ...]) -> Batch:

@@ -468,6 +468,11 @@ def test_impossible_specs(spec: str) -> None:
         open_store(spec, SETTINGS)
 
 
+def test_the_one_impossible_endpoint_of_several_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"'a:1,b', there 'b': expected host:port"):
+        open_store("etcd://a:1,b", SETTINGS)
+
+
 def test_http_metadata_server_is_named_as_unsupported() -> None:
     with pytest.raises(ConfigError, match="not supported, use etcd"):
         open_store("http://127.0.0.1:8080/metadata", SETTINGS)

@@ -10,7 +10,7 @@ from typing import Any
 from mooncake_hpc.address import resolve, split
 from mooncake_hpc.control import frames
 from mooncake_hpc.control.frames import Kind, dumps
-from mooncake_hpc.errors import MetadataError, PeerLost, TransferError
+from mooncake_hpc.errors import ConfigError, MetadataError, PeerLost, TransferError
 from mooncake_hpc.segment import OURS, SegmentDescriptor
 from mooncake_hpc.settings import Settings
 
@@ -31,19 +31,23 @@ def exchange(address: str, kind: Kind, payload: Any, timeout: float, settings: S
     """Send one frame to `address` (`host:port`) and return the reply's JSON, within `timeout` seconds.
 
     Connecting takes at most MC_HANDSHAKE_CONNECT_TIMEOUT of it. Raises PeerLost; ConfigError for a malformed
-    address.
+    address, and for a frame above MC_HANDSHAKE_MAX_LENGTH.
     """
+    what = f"{kind.name.capitalize()} request to {address}"
+    frame = frames.encode(kind, dumps(payload))
+    if len(frame) - frames.LENGTH.size > settings.handshake_max_length:
+        limit = f"MC_HANDSHAKE_MAX_LENGTH={settings.handshake_max_length}"
+        raise ConfigError(f"{what}: a frame of {len(frame)} bytes is above {limit}, which its receiver has as well")
     deadline = time.monotonic() + timeout
     connected_by = min(deadline, time.monotonic() + settings.handshake_connect_timeout)
     host, port = split(address, settings.handshake_port)
-    what = f"{kind.name.capitalize()} request to {address}"
     try:
         connection = _connect(host, port, connected_by)
     except OSError as error:
         raise PeerLost(f"{what}: cannot connect: {error.strerror or error}") from error
     try:
         with connection:
-            frames.send(connection, frames.encode(kind, dumps(payload)), deadline)
+            frames.send(connection, frame, deadline)
             reply = frames.receive(connection, settings.handshake_max_length, deadline)
     except TimeoutError as error:
         raise Unanswered(f"{what}: no answer within {timeout:g} s") from error

@@ -45,5 +45,6 @@ def parse_endpoints(text: str) -> list[str]:
     for endpoint in endpoints:
         match = ENDPOINT.fullmatch(endpoint)
         if match is None or not 0 < int(match[3]) < 65536:
-            raise ConfigError(f"metadata server {endpoint!r}: expected {ACCEPTED}")
+            where = f"{text!r}, there {endpoint!r}" if endpoint != text else f"{text!r}"
+            raise ConfigError(f"metadata server {where}: expected {ACCEPTED}")
     return endpoints

@@ -1,0 +1,96 @@
+"""What an engine says to callers that ask for what cannot be, and where it listens."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mooncake_hpc import READ, REQUEST, TransferEngine
+from mooncake_hpc.errors import ConfigError, MooncakeError, PeerLost, RegistrationError, TransferTimeout
+from mooncake_hpc.settings import Settings
+from mooncake_hpc.testing.link import Link, linked
+
+
+@pytest.fixture
+def engine() -> Iterator[TransferEngine]:
+    with TransferEngine("misuse:1", "memory://misuse", protocol="tcp", bind_address="127.0.0.1") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def link() -> Iterator[Link]:
+    with linked("tcp", 1 << 20) as link:
+        link.run(link.request(READ, 0, 0, 1))
+        yield link
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [[(READ, 0, 0, 0, 0)], np.zeros(3, np.int64), np.zeros((2, 2), REQUEST), np.zeros((), REQUEST), None],
+    ids=["list", "numbers", "two dimensions", "none", "nothing"],
+)
+def test_what_is_no_array_of_requests(engine: TransferEngine, requests: Any) -> None:
+    with pytest.raises(ConfigError, match=r"one-dimensional array of dtype mooncake_hpc\.REQUEST"):
+        engine.submit(requests)
+
+
+@pytest.mark.parametrize("metadata", ["memory://closed", "P2PHANDSHAKE"])
+def test_a_closed_engine_says_so(metadata: str, caplog: pytest.LogCaptureFixture, no_leaks: None) -> None:
+    with TransferEngine("closed:1", metadata, protocol="tcp", bind_address="127.0.0.1") as engine:
+        name, memory = engine.name, engine.allocate(100)
+        segment = engine.open_segment(name)
+        requests = np.array([(READ, segment.id, memory.ctypes.data, memory.ctypes.data, 1)], REQUEST)
+    calls: list[tuple[type[MooncakeError], Callable[[], object]]] = [
+        (RegistrationError, lambda: engine.allocate(100)),
+        (RegistrationError, lambda: engine.register(bytearray(100))),
+        (PeerLost, lambda: engine.open_segment(name)),
+        (PeerLost, lambda: engine.submit(requests)),
+        (PeerLost, lambda: engine.read(memory, segment, memory.ctypes.data)),
+    ]
+    for error, call in calls:
+        with pytest.raises(error, match="engine.* is closed"):
+            call()
+    engine.close()
+    assert engine.notifications() == [] and not caplog.records
+
+
+def test_a_read_that_times_out_has_been_cancelled(link: Link) -> None:
+    local = link.local[:1000]
+    link.peer.suspend()
+    try:
+        with pytest.raises(TransferTimeout, match=rf"{link.peer.name} is not done after 0\.2 s: cancelled"):
+            link.engine.read(local, link.segment, link.remote, timeout=0.2)
+    finally:
+        link.peer.resume()
+    link.engine.read(local, link.segment, link.remote)
+
+
+def test_a_message_above_the_frame_limit_is_refused_here(link: Link) -> None:
+    with pytest.raises(ConfigError, match="MC_HANDSHAKE_MAX_LENGTH=1048576"):
+        link.engine.notify(link.segment, "much", "x" * (1 << 20))
+    link.engine.notify(link.segment, "less", "x" * ((1 << 20) - 1000))
+    assert [name for name, _ in link.peer.call("notifications")] == ["less"]
+
+
+def listening() -> set[str]:
+    """Addresses at which this process takes TCP connections, as in /proc/net/tcp; ports left out."""
+    inodes = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the descriptor of the listing itself
+            inodes.add(os.readlink(f"/proc/self/fd/{fd}").removeprefix("socket:[").removesuffix("]"))
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
+
+
+@pytest.mark.parametrize(("bind_all", "expected"), [(False, "0700007F"), (True, "00000000")])
+def test_both_ports_are_bound_to_the_published_address_only(bind_all: bool, expected: str) -> None:
+    before = listening()
+    settings = Settings(tcp_bind_address="127.0.0.7")
+    with TransferEngine("bound:1", "memory://bound", protocol="tcp", bind_all=bind_all, settings=settings):
+        assert listening() - before == {expected}
