@@ -366,14 +366,12 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_under_mpirun(tmp_path: Path) -> None:
-    pytest.importorskip("mpi4py")
-    mpirun = Path(sys.executable).parent / "mpirun"
-    if not mpirun.exists():
-        pytest.skip("no mpirun in this environment")
+@pytest.mark.parametrize("library", ["mpich", "openmpi"])
+def test_under_mpirun(tmp_path: Path, library: str, request: pytest.FixtureRequest) -> None:
+    python = sys.executable if library == "mpich" else request.getfixturevalue("openmpi")
     last = "pool.close(); MPI.COMM_WORLD.Barrier(); os.write(1, b'size %d\\n' % MPI.COMM_WORLD.size)"
     script = write_script(tmp_path, "import sys; sys.path.pop(0)\nfrom mpi4py import MPI", last)
-    command = [mpirun, "-n", "2", sys.executable, script]
+    command = [python, "-m", "mooncake_hpc", "launch", "--ranks=2", "--", python, str(script)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("main") == 2 and done.stdout.count("size 2") == 2

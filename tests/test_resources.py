@@ -1,0 +1,45 @@
+"""What a process of ours costs: memory, idle time, what an import loads, and that kernels are compiled once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, clean_env
+
+from mooncake_hpc.testing.peer import PeerProcess
+
+HEAVY = ("numba", "llvmlite", "grpc", "google.protobuf", "etcd3", "mpi4py", "pyverbs", "multiprocessing")
+MB = 1e6
+BATCHES = 30_000
+
+
+def python(*arguments: str) -> str:
+    """What a Python program prints; it must print nothing else, and end well."""
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=100, env=clean_env())
+    assert done.returncode == 0 and done.stderr == "", done
+    return done.stdout
+
+
+def test_an_import_loads_nothing_heavy() -> None:
+    show = f"import mooncake_hpc, sys; print([name for name in {HEAVY} if name in sys.modules])"
+    assert python("-c", show) == "[]\n"
+
+
+@pytest.mark.slow
+def test_memory_idle_time_and_compiled_kernels(etcd: str) -> None:
+    """As `benchmarks/run` measures them, over fewer batches."""
+    with PeerProcess(etcd, "tcp", "resources:1") as target:
+        target.call("allocate", 4096)
+        where = [f"--metadata={etcd}", "--segment=resources:1", f"--target={target.pid}"]
+        probe = [str(ROOT / "benchmarks" / "probe.py"), *where]
+        python(*probe, "--name=resources:2", "--batches=1000", "--idle=0.1")  # may compile
+        told = json.loads(python(*probe, "--name=resources:3", f"--batches={BATCHES}", "--idle=3"))
+    for side in ("initiator", "target"):
+        assert told[f"{side}_bytes"] <= 260 * MB, told
+        assert told[f"{side}_growth_bytes"] <= 2 * MB, told
+        assert told[f"{side}_idle_cores"] < 0.01, told
+    assert told["worker_bytes"] <= 150 * MB, told
+    assert told["compiled"] == 0, told
