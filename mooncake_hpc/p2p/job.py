@@ -52,6 +52,7 @@ class P2PConfig:
     force: bool = False
     file: str = ""
     out: str = ""
+    overwrite: bool = False
     idle: float = 0.0
     linger: float = 30.0
     wait: float = 300.0
@@ -72,7 +73,7 @@ def open_store(config: P2PConfig, metadata: str, settings: Settings) -> P2PStore
 def publish(store: P2PStore, config: P2PConfig) -> None:
     """Register the file, or a model of seeded content."""
     if config.file:
-        from mooncake_hpc.p2p.files import register_path
+        from mooncake_hpc.p2p.register_files import register_path
 
         register_path(
             store, config.name, config.file, shard_size=config.shard_size, algorithm=config.digest, force=config.force
@@ -118,7 +119,7 @@ def _serve(store: P2PStore, config: P2PConfig, say: Say) -> None:
         holders = store.holders(config.name)
         shards = sum(int(holder.have.sum()) for holder in holders)
         whole = sum(1 for holder in holders if holder.have.all())
-        text = f"{whole} hold a replica, {len(holders) - whole} are pulling"
+        text = f"{whole} replicas elsewhere, {len(holders) - whole} under way"
         if (mark := f"{text} {shards}") != told:
             if text not in told:
                 say(text)
@@ -134,10 +135,16 @@ def run_inferencer(config: P2PConfig, settings: Settings, say: Say) -> int:
         bar = Bar()
         try:
             if config.out:
-                from mooncake_hpc.p2p.files import fetch_path
+                from mooncake_hpc.p2p.fetch_files import fetch_path
 
                 replica = fetch_path(
-                    store, config.name, config.out, wait=config.wait, timeout=config.timeout or None, progress=bar
+                    store,
+                    config.name,
+                    config.out,
+                    wait=config.wait,
+                    timeout=config.timeout or None,
+                    progress=bar,
+                    overwrite=config.overwrite,
                 )
             else:
                 replica = store.get_replica(config.name, wait=config.wait, timeout=config.timeout or None, progress=bar)

@@ -26,11 +26,15 @@ LONGEST_NAME = 512  # bytes
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A named buffer: a tensor with dtype (numpy's `str`) and shape, or a file, whose name is its relative path."""
+    """A named buffer: a tensor with dtype (numpy's `str`) and shape, or a file, whose name is its relative path.
+
+    `mode` has a file's permission bits, 0 where they are unknown. A name that ends in a slash is an empty folder's.
+    """
 
     name: str
     dtype: str = ""
     shape: tuple[int, ...] = ()
+    mode: int = field(default=0, compare=False)  # trainers with the same bytes have the same object
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,7 @@ class Manifest:
             "algorithm": self.algorithm,
             "digests": base64.b64encode(self.digests).decode(),
             "kind": self.kind,
-            "parts": [[part.name, part.dtype, part.shape] for part in self.parts],
+            "parts": [[part.name, part.dtype, part.shape, part.mode] for part in self.parts],
         }
         return json.dumps(value, separators=(",", ":"))
 
@@ -101,7 +105,10 @@ class Manifest:
                 algorithm=str(value["algorithm"]),
                 digests=base64.b64decode(value["digests"], validate=True),
                 kind=str(value["kind"]),
-                parts=tuple(Part(str(n), str(d), tuple(int(s) for s in shape)) for n, d, shape in value["parts"]),
+                parts=tuple(
+                    Part(str(name), str(dtype), tuple(int(length) for length in shape), int(mode))
+                    for name, dtype, shape, mode in value["parts"]
+                ),
             )
             manifest._check()
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from test_store import SHARD, Open, content, opener  # noqa: F401 - a fixture
 
-from mooncake_hpc.errors import ConfigError, P2PError, RegistrationError, SizeMismatch
-from mooncake_hpc.p2p import files
-from mooncake_hpc.p2p.files import fetch_path, register_path
+from mooncake_hpc.errors import ConfigError, RegistrationError, SizeMismatch
 
 OBJECTS = np.array([object()])
 STRIDED = np.zeros((10, 10), np.uint8)[:, ::2]
@@ -77,59 +71,3 @@ def test_tensors_of_no_size(opener: Open) -> None:  # noqa: F811
     assert reader.get_replica("no tensor", timeout=60).tensors() == {}
     trainer.register("no buffer", [])
     assert reader.get_replica("no buffer", timeout=60).arrays == []
-
-
-def test_files_that_vanish_or_shrink(opener: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    trainer, reader = opener(), opener()
-    for name in ("a", "b"):
-        (tmp_path / name).write_bytes(content(3 * SHARD).tobytes())
-    found = files._files
-
-    def then(spoil: Any) -> None:
-        monkeypatch.setattr(files, "_files", lambda root: [found(root), spoil()][0])
-
-    then(lambda: (tmp_path / "a").unlink())
-    with pytest.raises(P2PError, match="/a"):
-        register_path(trainer, "folder", str(tmp_path))
-    stat = os.stat
-    monkeypatch.undo()
-
-    def larger(path: Any, **options: Any) -> os.stat_result:
-        real = stat(path, **options)
-        return os.stat_result([*real[:6], real.st_size + 5, *real[7:]]) if str(path).endswith("/b") else real
-
-    monkeypatch.setattr(os, "stat", larger)
-    with pytest.raises(P2PError, match="shorter"):
-        register_path(trainer, "b", str(tmp_path / "b"))
-    monkeypatch.undo()
-    assert trainer.list() == []
-    register_path(trainer, "b", str(tmp_path / "b"))
-    (tmp_path / "b").write_bytes(b"")  # what is served is a copy
-    fetch_path(reader, "b", str(tmp_path / "out"), timeout=60)
-    assert (tmp_path / "out").read_bytes() == content(3 * SHARD).tobytes()
-
-
-def test_no_room_on_disk(opener: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    """A small file system: full from the start, and full in the middle for one that allocates nothing in advance."""
-    if os.geteuid():
-        pytest.skip("hardware: needs root to mount a small file system")
-    trainer, reader = opener(), opener()
-    data = content(40 * SHARD)
-    trainer.register("o", data, shard_size=SHARD)
-    small = tmp_path / "small"
-    small.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], check=True)
-    try:
-        with pytest.raises(P2PError, match=f"no room for {data.nbytes} bytes"):
-            fetch_path(reader, "o", str(small / "out"), timeout=60)
-        monkeypatch.setattr(os, "posix_fallocate", lambda fd, at, length: os.ftruncate(fd, at + length))
-        with pytest.raises(P2PError, match=os.strerror(errno.ENOSPC)):
-            fetch_path(reader, "o", str(small / "out"), timeout=60)
-        assert not (small / "out").exists()
-        assert reader.list()[0].holders.keys() == {trainer.name}
-        for left in small.iterdir():
-            left.unlink()
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
-    fetch_path(reader, "o", str(tmp_path / "out"), timeout=60)
-    assert (tmp_path / "out").read_bytes() == data.tobytes()

@@ -99,7 +99,7 @@ def test_the_seeds_commands(start: Start, etcd: str, protocol: str) -> None:
 @pytest.mark.slow
 def test_a_trainer_leaves_when_idle(start: Start, etcd: str) -> None:
     trainer = start(*command("trainer", etcd, "--name=idle", "--size=100000", "--idle=0.5"), env=env())
-    assert "0 hold a replica" in finish(trainer, 60)
+    assert "0 replicas elsewhere" in finish(trainer, 60)
 
 
 @pytest.mark.slow
@@ -110,6 +110,9 @@ def test_files_through_the_commands(start: Start, etcd: str, tmp_path: Path) -> 
     await_line(trainer, "published")
     finish(start(*command("inferencer", etcd, "--name=file", f"--out={tmp_path / 'out.bin'}"), env=env()))
     assert (tmp_path / "out.bin").read_bytes() == model.read_bytes()
+    again = start(*command("inferencer", etcd, "--name=file", f"--out={tmp_path / 'out.bin'}"), env=env())
+    output, _ = again.communicate(timeout=60)
+    assert again.returncode == 1 and "out.bin exists" in output and "--overwrite" in output
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from mooncake_hpc.errors import (
     TransferTimeout,
 )
 from mooncake_hpc.p2p import P2PStore, source
-from mooncake_hpc.p2p.files import fetch_path, register_path
 from mooncake_hpc.p2p.progress import Progress
 from mooncake_hpc.remote import Segment
 from mooncake_hpc.settings import Settings
@@ -294,73 +292,3 @@ def test_registering_again_makes_a_new_version(opener: Open) -> None:
         pass
     else:
         assert np.array_equal(out, new)
-
-
-# --- files
-
-
-def make_folder(root: Path) -> dict[str, bytes]:
-    files = {"a.safetensors": 3 * SHARD + 5, "b.safetensors": 100, "sub/c.json": 7, "empty": 0}
-    for name, size in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content(size, size).tobytes())
-    return {name: (root / name).read_bytes() for name in files}
-
-
-def test_files_and_folders(opener: Open, tmp_path: Path) -> None:
-    trainer, reader = opener("auto"), opener("auto")
-    files = make_folder(tmp_path / "model")
-    register_path(trainer, "folder", str(tmp_path / "model"), shard_size=SHARD)
-    register_path(trainer, "file", str(tmp_path / "model" / "a.safetensors"), shard_size=SHARD)
-    (tmp_path / "model" / "a.safetensors").write_bytes(b"")  # what was published stays
-    fetch_path(reader, "folder", str(tmp_path / "out"), timeout=60)
-    assert {p.relative_to(tmp_path / "out").as_posix(): p.read_bytes() for p in (tmp_path / "out").rglob("*.*")} | {
-        "empty": (tmp_path / "out" / "empty").read_bytes()
-    } == files
-    fetch_path(reader, "file", str(tmp_path / "one"), timeout=60)
-    assert (tmp_path / "one").read_bytes() == files["a.safetensors"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "one", "out"]
-
-
-def test_a_stopped_pull_goes_on(opener: Open, tmp_path: Path, slow_sources: None) -> None:
-    trainer, reader = opener(), opener()
-    data = content(20 * SHARD)
-    trainer.register("o", data, shard_size=SHARD)
-    out = tmp_path / "o"
-    cancel = threading.Event()
-
-    def stop(progress: Progress) -> None:
-        if progress.shards_done >= 1:
-            cancel.set()
-
-    with pytest.raises(TransferCancelled):
-        fetch_path(reader, "o", str(out), cancel=cancel, progress=stop, timeout=60)
-    assert not out.exists()
-    replica = fetch_path(reader, "o", str(out), timeout=60)
-    assert replica.progress.resumed >= SHARD
-    assert sum(replica.progress.sources.values()) == data.nbytes - replica.progress.resumed
-    assert out.read_bytes() == data.tobytes() and not list(tmp_path.glob("*.partial"))
-
-
-def test_a_partial_file_is_trusted_as_far_as_it_is_right(opener: Open, tmp_path: Path) -> None:
-    trainer, reader = opener(), opener()
-    data = content(8 * SHARD)
-    trainer.register("o", data, shard_size=SHARD)
-    wrong = data.copy()
-    wrong[3 * SHARD] ^= 1
-    (tmp_path / "o.partial").write_bytes(wrong.tobytes())
-    replica = fetch_path(reader, "o", str(tmp_path / "o"), timeout=60)
-    assert replica.progress.resumed == 7 * SHARD and (tmp_path / "o").read_bytes() == data.tobytes()
-
-
-def test_places_that_cannot_be_written(opener: Open, tmp_path: Path) -> None:
-    trainer, reader = opener(), opener()
-    make_folder(tmp_path / "model")
-    register_path(trainer, "folder", str(tmp_path / "model"))
-    trainer.register("o", content(SHARD))
-    (tmp_path / "file").write_bytes(b"x")
-    for name, place in (("folder", "model"), ("folder", "file"), ("o", "model"), ("o", "file/o")):
-        with pytest.raises(P2PError, match="/" + place.split("/")[0]):
-            fetch_path(reader, name, str(tmp_path / place), timeout=60)
-    with pytest.raises(P2PError, match="neither"):
-        register_path(trainer, "x", str(tmp_path / "nothing"))

@@ -22,7 +22,7 @@ from mooncake_hpc.errors import (
 )
 from mooncake_hpc.metadata.memory import MemoryStore
 from mooncake_hpc.p2p import P2PStore
-from mooncake_hpc.p2p.files import fetch_path
+from mooncake_hpc.p2p.fetch_files import fetch_path
 from mooncake_hpc.p2p.upstream import PREFIX, Checkpoint
 
 SHARD = 1 << 16

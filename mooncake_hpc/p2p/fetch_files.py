@@ -1,8 +1,7 @@
-"""Real files and folders as objects: published from memory of our own, written beside their place and moved into it.
+"""Objects pulled into files and folders: written beside their place, and moved into it once they are whole.
 
-What is published is a copy in memory: a truncation of the file takes nothing away from those who read it. A pull to
-PATH writes each verified shard to PATH.partial, so that one which was stopped goes on where it was: what lies there is
-trusted as far as its digests match. Once all is there it is flushed to disk (fsync) and moved to PATH.
+A pull to PATH writes each verified shard to PATH.partial, so that one which was stopped goes on where it was: what lies
+there is trusted as far as its digests match. Once all is there it is flushed to disk (fsync) and moved to PATH.
 """
 
 from __future__ import annotations
@@ -19,76 +18,16 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from mooncake_hpc.errors import ConfigError, MetadataError, P2PError
+from mooncake_hpc.errors import MetadataError, P2PError
 from mooncake_hpc.p2p.buffers import digest_all
-from mooncake_hpc.p2p.digests import DEFAULT
 from mooncake_hpc.p2p.holders import Bits
 from mooncake_hpc.p2p.layout import Bytes, Memory
-from mooncake_hpc.p2p.manifest import FILE, FOLDER, UNVERIFIED, Manifest, Part
+from mooncake_hpc.p2p.manifest import FILE, FOLDER, UNVERIFIED, Manifest
 from mooncake_hpc.p2p.progress import OnProgress
 from mooncake_hpc.p2p.replicating import Replica
 from mooncake_hpc.p2p.store import P2PStore
 
-CHUNK = 64 << 20  # bytes of one read or write: Ctrl-C is noticed between two
-
-
-def register_path(
-    store: P2PStore, name: str, path: str, *, shard_size: int = 0, algorithm: str = DEFAULT, force: bool = False
-) -> Manifest:
-    """Publish a copy of a file, or of all files in a folder with their relative names. Raises P2PError for what cannot
-    be read, and as `P2PStore.register`."""
-    root = Path(path)
-    files = _files(root)
-    try:
-        sizes = [os.stat(file).st_size for file in files]
-    except OSError as error:
-        raise P2PError(f"{error.filename} cannot be read: {error}") from error
-    whole = store.allocate(sum(sizes)) if sum(sizes) else np.zeros(0, np.uint8)
-    buffers = np.split(whole, np.cumsum(sizes)[:-1]) if files else []
-    try:
-        for file, buffer in zip(files, buffers, strict=True):
-            _read(file, buffer)
-        kind = FOLDER if root.is_dir() else FILE
-        names = [file.relative_to(root).as_posix() if kind == FOLDER else file.name for file in files]
-        return store.register(
-            name,
-            buffers,
-            shard_size=shard_size,
-            algorithm=algorithm,
-            force=force,
-            kind=kind,
-            parts=[Part(name) for name in names],
-            owned=[whole] if whole.nbytes else [],
-        )
-    except BaseException:
-        if whole.nbytes:
-            with contextlib.suppress(P2PError, ValueError):
-                store.engine.unregister(whole)
-        raise
-
-
-def _files(root: Path) -> list[Path]:
-    if not root.is_dir():
-        if not root.is_file():
-            raise P2PError(f"{root} is neither a file nor a folder")
-        return [root]
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    if not files:
-        raise P2PError(f"folder {root} holds no file")
-    return files
-
-
-def _read(path: Path, buffer: Bytes) -> None:
-    try:
-        with open(path, "rb", buffering=0) as file:
-            at = 0
-            while at < buffer.nbytes:
-                got = file.readinto(buffer[at : at + CHUNK].data)
-                if not got:
-                    raise P2PError(f"{path} became shorter while it was read: {at} of {buffer.nbytes} bytes")
-                at += got
-    except OSError as error:
-        raise P2PError(f"{path} cannot be read: {error}") from error
+CHUNK = 64 << 20  # bytes of one write: Ctrl-C is noticed between two
 
 
 def fetch_path(
@@ -100,12 +39,15 @@ def fetch_path(
     timeout: float | None = None,
     progress: OnProgress | None = None,
     cancel: threading.Event | None = None,
+    overwrite: bool = False,
 ) -> Replica:
     """Pull an object into a file, or into a folder if it was one. Goes on where an earlier call was stopped.
 
-    Raises P2PError where the place cannot be written or has no room, and as `P2PStore.get_replica`.
+    A file that is there already is replaced, once the new one is whole, with `overwrite` only; a folder must be
+    empty. Raises P2PError where the place is taken, cannot be written or has no room, and as `P2PStore.get_replica`.
     """
-    target = _Target(Path(path))
+    target = _Target(Path(path), overwrite)
+    target.check_free()
     stop = cancel or threading.Event()
     try:
         replica = store.get_replica(
@@ -143,15 +85,17 @@ class _Slot:
     path: Path
     begin: int
     end: int
+    mode: int
     fd: int = -1
 
 
 class _Target:
     """The files of one object under way, and the thread that writes them."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, overwrite: bool) -> None:
+        self._path, self._overwrite = path, overwrite
         self._partial = path.with_name(path.name + ".partial")
+        self._folders: list[Path] = []
         self._slots: list[_Slot] = []
         self._shards: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="mooncake-p2p-files", daemon=True)
@@ -159,15 +103,21 @@ class _Target:
         self._stop: threading.Event | None = None
         self._lock = -1
 
+    def check_free(self) -> None:
+        """Raise P2PError where a file is in our place that is to stay."""
+        if self._path.is_file() and not self._overwrite:
+            raise P2PError(f"{self._path} exists: choose another place, or replace it (overwrite=True, --overwrite)")
+
     def open(self, manifest: Manifest, arrays: Sequence[Bytes], stop: threading.Event) -> Bits:
         """Make the files, and load what is there already: the shards that are right. Raises P2PError."""
         self._manifest, self._memory, self._stop = manifest, Memory(arrays), stop
         folder = manifest.kind == FOLDER
+        self.check_free()
         if self._path.is_dir() and (not folder or any(self._path.iterdir())):
             raise P2PError(f"{self._path} is a folder" + (" that is not empty" if folder else ", the object a file"))
         if folder and self._path.is_file():
             raise P2PError(f"{self._path} is a file, the object a folder")
-        self._slots = self._plan(folder)
+        self._folders, self._slots = self._plan(folder)
         try:
             self._make(folder)
             have = self._load(arrays)
@@ -176,17 +126,23 @@ class _Target:
         self._thread.start()
         return have
 
-    def _plan(self, folder: bool) -> list[_Slot]:
+    def _plan(self, folder: bool) -> tuple[list[Path], list[_Slot]]:
+        """Empty folders to make, and files."""
+        manifest = self._manifest
         if not folder:
-            return [_Slot(self._partial, 0, self._manifest.size)]
-        slots, at = [], 0
-        for part, size in zip(self._manifest.parts, self._manifest.sizes, strict=True):
+            mode = manifest.parts[0].mode if manifest.kind == FILE and manifest.parts else 0
+            return [], [_Slot(self._partial, 0, manifest.size, mode)]
+        folders, slots, at = [], [], 0
+        for part, size in zip(manifest.parts, manifest.sizes, strict=True):
             relative = PurePosixPath(part.name)
             if relative.is_absolute() or ".." in relative.parts or not relative.parts:
-                raise MetadataError(f"object {self._manifest.name!r}: {part.name!r} leads out of the folder")
-            slots.append(_Slot(self._partial / relative, at, at + size))
+                raise MetadataError(f"object {manifest.name!r}: {part.name!r} leads out of the folder")
+            if part.name.endswith("/"):
+                folders.append(self._partial / relative)
+            else:
+                slots.append(_Slot(self._partial / relative, at, at + size, part.mode))
             at += size
-        return slots
+        return folders, slots
 
     def _make(self, folder: bool) -> None:
         if folder:
@@ -197,6 +153,8 @@ class _Target:
             for path in self._partial.rglob("*"):
                 if not path.is_dir() and path not in ours:
                     path.unlink()  # of another version
+        for path in self._folders:
+            path.mkdir(parents=True, exist_ok=True)
         for slot in self._slots:
             slot.path.parent.mkdir(parents=True, exist_ok=True)
             slot.fd = os.open(slot.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -259,6 +217,7 @@ class _Target:
         try:
             self._end_writing()
             for slot in self._slots:
+                _set_mode(slot)
                 os.fsync(slot.fd)
             for folder in sorted({slot.path.parent for slot in self._slots}, reverse=True):
                 _sync_folder(folder)
@@ -296,6 +255,13 @@ def _has_data(fd: int) -> bool:
         return False  # a hole from end to end
 
 
+def _set_mode(slot: _Slot) -> None:
+    """Give a file the permissions that it had with the trainer, as far as our umask allows."""
+    made = os.fstat(slot.fd).st_mode & 0o666
+    if slot.mode:
+        os.fchmod(slot.fd, slot.mode & (made | (made & 0o444) >> 2))
+
+
 def _write(fd: int, view: Bytes, at: int) -> None:
     done = 0
     while done < view.nbytes:
@@ -316,10 +282,3 @@ def _explain(error: OSError, path: Path, size: int) -> str:
             room = os.statvfs(path.absolute().parent)
             return f"{path}: no room for {size} bytes, {room.f_bavail * room.f_frsize} are free ({error})"
     return f"{path} cannot be written: {error}"
-
-
-def check_out(path: str) -> None:
-    """Raise ConfigError where nothing can be written at `path`."""
-    parent = Path(path).absolute().parent
-    if not os.access(parent, os.W_OK):
-        raise ConfigError(f"--out={path}: the folder {parent} cannot be written")
