@@ -7,6 +7,7 @@ from collections import deque
 import numpy as np
 import numpy.typing as npt
 
+from mooncake_hpc.errors import ConfigError
 from mooncake_hpc.kernels import lane as layout
 from mooncake_hpc.request import REQUEST, Requests
 
@@ -14,6 +15,7 @@ SMALLEST = 16  # requests
 SPARE = 16  # slices beyond one a request, for requests that cross a border
 KEPT = 64  # unused arenas of a size that are kept
 RANKS = 15  # sizes of which arenas are kept: up to 2**14 requests
+DONE_AT = layout.DONE_AT // 8
 
 
 class Arena:
@@ -38,14 +40,23 @@ class Arena:
         self.words[layout.BATCH_ONE // 8] = 1
 
 
+def _address(done_at: npt.NDArray[np.int64], count: int) -> int:
+    if done_at.dtype != np.int64 or done_at.shape != (count,) or not done_at.flags.carray:
+        raise ConfigError(f"done_at must be a contiguous, writable array of {count} int64")
+    return int(done_at.ctypes.data)
+
+
 class ArenaPool:
     """Unused arenas by rank. Thread-safe: each step is one call of a deque."""
 
     def __init__(self) -> None:
         self._unused: list[deque[Arena]] = [deque(maxlen=KEPT) for _ in range(RANKS)]
 
-    def take(self, requests: Requests) -> Arena:
-        """An arena that holds a copy of these requests."""
+    def take(self, requests: Requests, done_at: npt.NDArray[np.int64] | None) -> Arena:
+        """An arena that holds a copy of these requests, and where to write when each is done.
+
+        Raises ConfigError where `done_at` has no room for that.
+        """
         count = requests.size
         rank = (count - 1).bit_length()
         try:
@@ -55,6 +66,7 @@ class ArenaPool:
         arena.count = count
         data = requests.tobytes()  # numpy's own assignment of records goes field by field, which costs ten times
         arena.bytes[: len(data)] = data
+        arena.words[DONE_AT] = 0 if done_at is None else _address(done_at, count)
         return arena
 
     def give(self, arena: Arena) -> None:

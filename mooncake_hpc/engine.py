@@ -250,21 +250,27 @@ class TransferEngine:
             self._submitter.set_segments(list(self._segments.values()))
             return segment
 
-    def submit(self, requests: Requests, timeout: float | None = None) -> Batch:
+    def submit(
+        self, requests: Requests, timeout: float | None = None, done_at: npt.NDArray[np.int64] | None = None
+    ) -> Batch:
         """Start the transfers of a REQUEST array, in any order and at once; thread-safe.
 
         The array may be reused on return; the memory may not be touched until the batch is done. Waits only while a
         peer's queue is full, at most `timeout` seconds (None: MC_TRANSFER_TIMEOUT), then raises TransferTimeout.
-        Raises AddressRejected for a range that is not registered here or there, with nothing started, and PeerLost.
+        `done_at`, an int64 a request, is given the `time.monotonic_ns()` at which each is done, and keeps what it holds
+        for those that fail. Raises AddressRejected for a range that is not registered here or there, with nothing
+        started, and PeerLost.
         """
-        return self._submitter.submit(requests, timeout)
+        return self._submitter.submit(requests, timeout, done_at)
 
-    def transfer(self, requests: Requests, timeout: float | None = None) -> None:
+    def transfer(
+        self, requests: Requests, timeout: float | None = None, done_at: npt.NDArray[np.int64] | None = None
+    ) -> None:
         """Submit and return when all are done: quicker than `submit` and `Batch.wait`, and the memory is the caller's
         again however it ends, since a batch that fails, or runs into `timeout` seconds (None: MC_TRANSFER_TIMEOUT) or
         a Ctrl-C, is cancelled first. Raises as `submit` and `Batch.wait`.
         """
-        self._submitter.transfer(requests, timeout)
+        self._submitter.transfer(requests, timeout, done_at)
 
     def read(self, local: object, segment: Segment, remote_addr: int, timeout: float | None = None) -> None:
         """Fill `local` from `remote_addr` in the segment and return when done. Raises as `transfer`."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from mooncake_hpc.arena import Arena, ArenaPool
 from mooncake_hpc.batch import NATIVE_CALL, Batch
@@ -18,6 +19,7 @@ from mooncake_hpc.slicing import Slicing
 from mooncake_hpc.transports.base import Registration, Tables
 from mooncake_hpc.transports.lane import Lane
 
+Times = npt.NDArray[np.int64]  # one a request
 TARGET_MASK = (1 << slicer.TARGET_BITS) - 1
 WORD, ERROR = layout.WORD // 8, layout.ERROR // 8
 
@@ -54,9 +56,9 @@ class Submitter:
         """Once no lane carries anything any more: from now on nothing is taken, and no memory kept."""
         self._closed, self._held = True, ()
 
-    def submit(self, requests: Requests, timeout: float | None) -> Batch:
+    def submit(self, requests: Requests, timeout: float | None, done_at: Times | None) -> Batch:
         """As `TransferEngine.submit`."""
-        arena, held = self._take(requests), self._held
+        arena, held = self._take(requests, done_at), (self._held, done_at)
         try:
             number = slicer.submit(arena.address, arena.count, self._address)
             if number > 0:
@@ -64,11 +66,11 @@ class Submitter:
         except BaseException:  # Ctrl-C, and nobody has the batch
             self._cancel(arena)
             raise
-        return self._submit_slowly(arena, self._patience if timeout is None else timeout)
+        return self._submit_slowly(arena, self._patience if timeout is None else timeout, held)
 
-    def transfer(self, requests: Requests, timeout: float | None) -> None:
+    def transfer(self, requests: Requests, timeout: float | None, done_at: Times | None) -> None:
         """As `TransferEngine.transfer`. A batch that ends in its first native call never becomes an object."""
-        arena, held, begin = self._take(requests), self._held, time.monotonic_ns()
+        arena, held, begin = self._take(requests, done_at), (self._held, done_at), time.monotonic_ns()
         limit = int((self._patience if timeout is None else timeout) * 1e9)
         try:
             number = slicer.submit(arena.address, arena.count, self._address)
@@ -82,7 +84,7 @@ class Submitter:
         if number > 0 and words[WORD] & 1 and not words[ERROR] and lane.has_left(number >> slicer.TARGET_BITS):
             self._arenas.give(arena)
             return
-        batch = self._batch(arena, number, held) if number > 0 else self._submit_slowly(arena, limit / 1e9)
+        batch = self._batch(arena, number, held) if number > 0 else self._submit_slowly(arena, limit / 1e9, held)
         try:
             if not batch.join(max(0, begin + limit - time.monotonic_ns()) / 1e9):
                 raise TransferTimeout(f"{batch.describe()} is not done after {limit / 1e9:g} s: cancelled")
@@ -93,24 +95,24 @@ class Submitter:
                 error.failed = int(np.count_nonzero(batch.status < 0))
             raise
 
-    def _take(self, requests: Requests) -> Arena:
+    def _take(self, requests: Requests, done_at: Times | None) -> Arena:
         if not isinstance(requests, np.ndarray) or requests.ndim != 1 or requests.dtype != REQUEST:
             raise ConfigError("a transfer takes a one-dimensional array of dtype mooncake_hpc.REQUEST")
-        return self._arenas.take(requests)
+        return self._arenas.take(requests, done_at)
 
-    def _batch(self, arena: Arena, number: int, held: tuple[Registration, ...]) -> Batch:
+    def _batch(self, arena: Arena, number: int, held: object) -> Batch:
         """The batch of what `slicer.submit` has queued. It holds the registrations, so that memory outlives it."""
         lane = self._lanes[number & TARGET_MASK]
         batch = Batch(arena, self._arenas, [lane], held)
         lane.keep(number >> slicer.TARGET_BITS, batch)
         return batch
 
-    def _submit_slowly(self, arena: Arena, limit: float) -> Batch:
+    def _submit_slowly(self, arena: Arena, limit: float, held: object) -> Batch:
         if self._closed:
             raise PeerLost("this engine is closed")
         slicing = Slicing(arena, self._address)
         slicing.run(self._segments)
-        batch = Batch(arena, self._arenas, [], (self._held, slicing.held))
+        batch = Batch(arena, self._arenas, [], (held, slicing.held))
         batch.start(slicing.parts, time.monotonic() + limit)
         return batch
 

@@ -29,9 +29,9 @@ class FaultyEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def transfer(self, requests: Requests, timeout: float | None = None) -> None:
+    def transfer(self, requests: Requests, timeout: float | None = None, done_at: Any = None) -> None:
         timed = self.armed and requests.size == BATCH  # and not the verifier's own
-        self._engine.transfer(self._alter(requests) if timed else requests, timeout)
+        self._engine.transfer(self._alter(requests) if timed else requests, timeout, done_at)
 
 
 @pytest.fixture
@@ -136,3 +136,11 @@ def test_latencies_and_time_are_of_the_window(engines: tuple[TransferEngine, Tra
     busy = measured.latency.sum / 1e9
     assert busy <= measured.seconds * THREADS * 1.01
     assert np.isclose(busy, measured.seconds * THREADS, rtol=0.5)
+
+
+@pytest.mark.parametrize("batch_size", [1, BATCH])
+def test_requests_are_timed_one_by_one(engines: tuple[TransferEngine, TransferEngine], batch_size: int) -> None:
+    measured = run(engines, config("write", verify=False, batch_size=batch_size)).measured
+    requests, batches = measured.request_latency, measured.latency
+    assert requests.total % batch_size == 0 and THREADS <= requests.total // batch_size <= batches.total
+    assert 0 < requests.least <= requests.greatest <= batches.greatest

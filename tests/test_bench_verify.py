@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,9 @@ class CopyEngine:
         self.after: Callable[[npt.NDArray[Any]], None] = lambda requests: None
         self.error: TransferError | None = None
 
-    def transfer(self, requests: npt.NDArray[Any], timeout: float | None = None) -> None:
+    def transfer(
+        self, requests: npt.NDArray[Any], timeout: float | None = None, done_at: npt.NDArray[Any] | None = None
+    ) -> None:
         self.submitted += 1
         hit = requests.size == BATCH and self.submitted >= self.at > 0
         if hit and self.error:
@@ -41,6 +44,8 @@ class CopyEngine:
             ctypes.memmove(*ends, length)
         if hit:
             self.after(requests)
+        if done_at is not None:
+            done_at[:] = time.monotonic_ns()
 
 
 class Rig:

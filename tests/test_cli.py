@@ -83,11 +83,12 @@ def test_target_and_the_printed_command(etcd: str, start: Start, tmp_path: Path)
     assert match and int(match[2]) > 0 and "carried by tcp" in shown.stdout
     [line] = file.read_text().splitlines()
     result = json.loads(line)
-    assert result["schema"] == 1 and result["transports"] == ["tcp"] and result["errors"] == 0
+    assert result["schema"] == 2 and result["transports"] == ["tcp"] and result["errors"] == 0
     assert result["config"]["block_size"] == 4096 and result["machine"]["cores"] >= 1
     assert result["wrong_bytes"] == 0 < result["compared_bytes"]
     assert result["batches"] == int(match[2]) and result["initiators"][0]["pid"] > 0
     assert result["batch_latency_us"]["p50"] <= result["batch_latency_us"]["max"]
+    assert 0 < result["request_latency_us"]["p99.9"] <= result["batch_latency_us"]["max"]
     assert sum(result["initiators"][0]["lane_bytes"].values()) >= result["bytes"]
     assert serving.poll() is None
 

@@ -54,7 +54,7 @@ def test_a_closed_engine_says_so(metadata: str, caplog: pytest.LogCaptureFixture
         (PeerLost, lambda: engine.read(memory, segment, memory.ctypes.data)),
     ]
     for error, call in calls:
-        with pytest.raises(error, match="engine.* is closed"):
+        with pytest.raises(error, match=r"engine.* is closed"):
             call()
     engine.close()
     assert engine.notifications() == [] and not caplog.records

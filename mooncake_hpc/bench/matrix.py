@@ -23,7 +23,7 @@ from mooncake_hpc.metadata.shared import job_metadata
 from mooncake_hpc.mpi import Launch, World, default_name
 from mooncake_hpc.settings import Settings
 
-SCHEMA = 1
+SCHEMA = 2
 Pair = tuple[int, int]  # initiator, target
 
 

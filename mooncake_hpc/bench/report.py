@@ -19,7 +19,7 @@ from mooncake_hpc.bench.runner import Measured
 from mooncake_hpc.bench.statistics import Histogram
 from mooncake_hpc.errors import ConfigError
 
-SCHEMA = 1
+SCHEMA = 2
 UNITS = {  # the original's --report_unit: bytes in one
     "GB": 1e9, "GiB": 2.0**30, "Gb": 1e9 / 8, "MB": 1e6, "MiB": 2.0**20, "Mb": 1e6 / 8,
     "KB": 1e3, "KiB": 2.0**10, "Kb": 1e3 / 8,
@@ -45,9 +45,10 @@ def throughput(config: BenchConfig, measured: Measured) -> float:
 
 def total(results: Sequence[Result]) -> Measured:
     """The sum over initiators that ran at the same time: the longest time, all batches, added histograms."""
-    latency = Histogram()
+    latency, request_latency = Histogram(), Histogram()
     for result in results:
         latency.merge(result.measured.latency)
+        request_latency.merge(result.measured.request_latency)
     parts = [result.measured for result in results]
     return Measured(
         seconds=max(p.seconds for p in parts),
@@ -56,6 +57,7 @@ def total(results: Sequence[Result]) -> Measured:
         errors=sum(p.errors for p in parts),
         failure=next((p.failure for p in parts if p.failure), ""),
         latency=latency,
+        request_latency=request_latency,
         compared=sum(p.compared for p in parts),
         wrong=sum(p.wrong for p in parts),
     )
@@ -80,8 +82,7 @@ def report_lines(config: BenchConfig, results: Sequence[Result], targets_cpu: fl
     if len(results) > 1:
         rows.append(["sum", *_cells(config, whole, units)])
     lines = _table([COLUMNS[0], "throughput", *COLUMNS[1:]], rows)
-    request = {k: v / config.batch_size for k, v in whole.latency.summary().items() if k != "count"}
-    lines.append(f"µs a batch above; a request's share: {_latency(request)}")
+    lines.append(f"µs a batch above; a request, from the submission of its batch: {_latency(whole.request_latency)}")
     lanes: dict[str, int] = {}
     for result in results:
         for name, count in result.lane_bytes.items():
@@ -168,7 +169,6 @@ def _lines(path: str) -> Iterable[str]:
 
 def figures(config: BenchConfig, measured: Measured) -> dict[str, Any]:
     """What an initiator measured, in base units."""
-    batch = measured.latency.summary()
     return {
         "seconds": measured.seconds,
         "batches": measured.batches,
@@ -176,8 +176,8 @@ def figures(config: BenchConfig, measured: Measured) -> dict[str, Any]:
         "bytes": measured.batches * config.batch_bytes,
         "bytes_per_second": throughput(config, measured),
         "requests_per_second": _rate(config, measured),
-        "batch_latency_us": batch,
-        "request_share_us": {k: v / config.batch_size for k, v in batch.items() if k != "count"},
+        "batch_latency_us": measured.latency.summary(),
+        "request_latency_us": measured.request_latency.summary(),
         "initiator_cpu_seconds": measured.cpu_seconds,
         "errors": measured.errors,
         "failure": measured.failure,
@@ -203,7 +203,8 @@ def _cells(config: BenchConfig, measured: Measured, units: Units) -> list[str]:
     ]
 
 
-def _latency(values: dict[str, float]) -> str:
+def _latency(histogram: Histogram) -> str:
+    values = histogram.summary()
     return ", ".join(f"{name} {values[name]:.2f}" for name in ("p50", "p90", "p99", "p99.9", "max"))
 
 

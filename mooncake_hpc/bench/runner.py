@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from mooncake_hpc.bench.plan import BenchConfig
@@ -17,6 +18,7 @@ from mooncake_hpc.bench.verify import Verifier
 from mooncake_hpc.errors import MooncakeError, TransferCancelled, TransferError
 
 Requests = npt.NDArray[Any]
+SAMPLE = 5_000_000  # ns between two batches of a submitter whose requests are timed, which costs some 20 µs
 COUNTED = 4096  # latencies are counted this many at a time
 WALL_FACTOR, WALL_EXTRA = 4, 10.0  # a verified run ends at the latest after duration × factor + extra seconds
 
@@ -29,7 +31,9 @@ def longest_run(config: BenchConfig) -> float:
 class Engine(Protocol):
     """What the runner needs of `mooncake_hpc.TransferEngine`."""
 
-    def transfer(self, requests: Requests, timeout: float | None = None) -> None: ...
+    def transfer(
+        self, requests: Requests, timeout: float | None = None, done_at: npt.NDArray[np.int64] | None = None
+    ) -> None: ...
 
 
 @dataclass(slots=True)
@@ -42,6 +46,7 @@ class Measured:
     errors: int = 0  # failed requests
     failure: str = ""  # the first error's text
     latency: Histogram = field(default_factory=Histogram)  # ns a batch
+    request_latency: Histogram = field(default_factory=Histogram)  # ns, from the submission of its batch; of a sample
     compared: int = 0
     wrong: int = 0
 
@@ -50,6 +55,7 @@ class Measured:
 class _Submitter:
     requests: Requests
     latency: Histogram = field(default_factory=Histogram)  # ns a batch
+    request_latency: Histogram = field(default_factory=Histogram)
     batches: int = 0
     begin: int = 0  # of its last window, ns
     end: int = 0
@@ -74,7 +80,7 @@ class Runner:
             raise self._error
         self._measured = Measured()
         for submitter in self._submitters:
-            submitter.latency, submitter.batches = Histogram(), 0
+            submitter.latency, submitter.request_latency, submitter.batches = Histogram(), Histogram(), 0
 
     def run(self, verifier: Verifier | None = None) -> Measured:
         """Run for the configured time. A failed transfer ends the run and is told in the result, not raised."""
@@ -93,6 +99,7 @@ class Runner:
             raise self._error
         for submitter in self._submitters:
             measured.latency.merge(submitter.latency)
+            measured.request_latency.merge(submitter.request_latency)
             measured.batches += submitter.batches
         return measured
 
@@ -121,10 +128,12 @@ class Runner:
 
     def _submit(self, me: _Submitter, start_line: threading.Barrier, limit: int | None, seconds: float) -> None:
         """One submitter's loop. The clock runs from before the submission to the return of the wait."""
-        transfer, clock = self._engine.transfer, time.perf_counter_ns
+        transfer, clock = self._engine.transfer, time.monotonic_ns
         requests, timeout = me.requests, self._config.batch_timeout
+        times = np.zeros(len(requests), np.int64)
+        sampled: npt.NDArray[np.int64] | None = times
         start_line.wait(timeout=60)
-        me.begin = me.end = end = clock()
+        me.begin = me.end = end = next_sample = clock()
         last, left = end + seconds * 1e9, float("inf") if limit is None else limit
         while left > 0 and end < last and not self._stopped:
             latencies = array("q")
@@ -132,9 +141,14 @@ class Runner:
             try:
                 for _ in range(int(min(left, COUNTED))):
                     start = clock()
-                    transfer(requests, timeout)
+                    transfer(requests, timeout, sampled)
                     end = clock()
                     note(end - start)
+                    if sampled is not None:
+                        me.request_latency.add(times - start)
+                        sampled, next_sample = None, end + SAMPLE
+                    elif end >= next_sample:
+                        sampled = times
                     if end >= last or self._stopped:
                         break
             except Exception as error:

@@ -74,6 +74,7 @@ BATCH_ONE = 72  # holds 1, written to eventfds
 OTHERS = 80  # requests that `cut` left out since they go to another segment
 REQUESTS = 88  # address of the request records
 SLICES, ROOM = 96, 104  # address of the slices, and how many there is room for
+DONE_AT = 112  # address of an int64 a request, to be given the time when it is done; or 0
 BATCH_WORDS = 16
 
 # --- failure codes of a slice, negative as bytes
@@ -81,6 +82,14 @@ REJECTED, LOST, TIMED_OUT, CANCELLED, MALFORMED = -1, -2, -3, -4, -5
 
 # --- what `drive` returns
 FINISHED, AGAIN, BROKEN, EMPTY = 0, 1, 2, 3
+
+
+@kernel
+def note_time(batch, request):
+    """Tell whoever asked for it that the request is done now."""
+    times = get(batch + DONE_AT)
+    if times != 0:
+        put(times + 8 * request, now())
 
 
 @kernel
@@ -92,8 +101,8 @@ def finish_slice(batch, meta, code):
         if compare_exchange(batch + ERROR, 0, code) == 0:
             put(batch + ERROR_REQUEST, request)
     if meta & HIDDEN == 0 and fetch_add(get(batch + PENDING) + 8 * request, -1) == 1 and code == 0:
-        status = get(batch + STATUS) + request
-        put_byte(status, 1)
+        note_time(batch, request)
+        put_byte(get(batch + STATUS) + request, 1)
     if fetch_add(batch + REMAINING, -1) == 1:
         event = get(batch + EVENT)
         fetch_add(batch + WORD, 1)

@@ -27,6 +27,7 @@ from mooncake_hpc.kernels.lane import (
     WORD,
     WRITING,
     enqueue,
+    note_time,
 )
 from mooncake_hpc.kernels.native import brief, get, get_byte, put, put_byte, store
 from mooncake_hpc.kernels.ranges import covered, reach
@@ -109,6 +110,7 @@ def cut(batch, count, target, local, route, slices, room):
             made, pieces = made + 1, pieces + 1
         put(pending + 8 * index, pieces)
         if pieces == 0:
+            note_time(batch, index)
             put_byte(status + index, 1)
     if fence_byte != 0 and fence_at != 0:
         piece = slices + SLICE * made

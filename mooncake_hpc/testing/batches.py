@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mooncake_hpc import READ, REQUEST, WRITE
-from mooncake_hpc.errors import TransferError, TransferTimeout
+from mooncake_hpc.errors import ConfigError, TransferError, TransferTimeout
 from mooncake_hpc.testing.link import Link, Linked, address, requests, run_threads
 from mooncake_hpc.testing.peer import digest, pattern
 
@@ -180,6 +180,20 @@ class BatchConformance(Linked):
 
         asyncio.run(main())
         assert link.remote_digest(0, 40 << 20) == digest(link.local[: 40 << 20])
+
+    def test_times_of_requests(self, link: Link) -> None:
+        lengths = [1, 0, 4096, 3 << 20, 65_537]
+        done_at = np.zeros(len(lengths), np.int64)
+        records = requests(*[link.request(WRITE, 0, 0, length) for length in lengths])
+        began = time.monotonic_ns()
+        batch = link.engine.submit(records, done_at=done_at)
+        batch.wait(20)
+        assert (began <= done_at).all() and (done_at <= time.monotonic_ns()).all()
+        with pytest.raises(ConfigError, match="5 int64"):
+            link.engine.submit(records, done_at=done_at[:4])
+        first = done_at.copy()
+        link.engine.submit(records).wait(20)
+        assert (done_at == first).all()
 
     def test_lane_bytes(self, link: Link) -> None:
         before = sum(link.engine.lane_bytes().values())
