@@ -11,6 +11,7 @@ import ipaddress
 import logging
 import socket
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from mooncake_hpc.settings import Settings
 
 log = logging.getLogger(__name__)
 
-P2P = "P2PHANDSHAKE"  # the original's word for "no metadata server: peers answer for themselves"
+P2PHANDSHAKE = "P2PHANDSHAKE"  # the original's word for "no metadata server: peers answer for themselves"
 ELSEWHERE = ("192.0.2.1", "2001:db8::1")  # RFC 5737 and RFC 3849: routed by default, owned by nobody
 RESOLVE_TIMEOUT = 5.0  # seconds
 
@@ -82,6 +83,30 @@ def resolve(host: str, port: int, timeout: float = RESOLVE_TIMEOUT, ipv6_first: 
         raise socket.gaierror(socket.EAI_NONAME, f"{host!r} is not a host name")
     entries: list[Any] = answer[0]
     return sorted(entries, key=lambda entry: (entry[0] == socket.AF_INET6) != ipv6_first)
+
+
+def dial(host: str, port: int, deadline: float) -> socket.socket:
+    """A blocking connection to the first of the host's addresses that accepts, until `deadline` (time.monotonic()).
+
+    Each address gets its share of the time, so that a silent one leaves some to the next. Raises OSError.
+    """
+    failure = OSError(f"{host!r} has no address")
+    entries = resolve(host, port, max(0.0, deadline - time.monotonic()))
+    for index, (family, kind, protocol, _, target) in enumerate(entries):
+        share = (deadline - time.monotonic()) / (len(entries) - index)
+        if share <= 0:
+            raise TimeoutError(errno.ETIMEDOUT, f"no answer from {host!r} in time")
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(share)
+            connection.connect(target)
+            return connection
+        except BaseException as error:
+            connection.close()
+            if not isinstance(error, OSError):
+                raise
+            failure = error
+    raise failure
 
 
 def is_local(address: str) -> bool:
@@ -188,7 +213,7 @@ def _host(name: str) -> str:
 
 
 def _route_targets(metadata_spec: str, settings: Settings) -> Iterator[str]:
-    if metadata_spec == P2P:
+    if metadata_spec == P2PHANDSHAKE:
         yield ELSEWHERE[settings.use_ipv6]
         return
     scheme, separator, rest = metadata_spec.partition("://")

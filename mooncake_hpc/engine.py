@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from mooncake_hpc.address import bind_listener, published_address
+from mooncake_hpc.address import P2PHANDSHAKE, bind_listener, published_address
 from mooncake_hpc.batch import Batch
 from mooncake_hpc.control import client
 from mooncake_hpc.control.directory import Directory
@@ -38,8 +38,6 @@ from mooncake_hpc.transports.base import Registration, Tables
 from mooncake_hpc.transports.registry import DeviceChoice, make_transports
 
 log = logging.getLogger(__name__)
-
-P2PHANDSHAKE = "P2PHANDSHAKE"
 
 
 class TransferEngine:

@@ -1,9 +1,13 @@
 """Address texts, the published address, listeners."""
 
+import contextlib
 import socket
+import time
+from typing import Any
 
 import pytest
 
+from mooncake_hpc import address
 from mooncake_hpc.address import (
     bind_listener,
     is_local,
@@ -134,3 +138,26 @@ def test_name_service_without_answer_has_a_deadline(monkeypatch: pytest.MonkeyPa
     with pytest.raises(TimeoutError, match="no answer about the host name"):
         resolve("slow.example", 1, timeout=0.1)
     release.set()
+
+
+def entry(address: tuple[str, int]) -> tuple[Any, ...]:
+    return socket.AF_INET, socket.SOCK_STREAM, 0, "", address
+
+
+def test_a_silent_address_leaves_time_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.ExitStack() as stack:
+        silent, answering = (stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0)) for _ in range(2))
+        for _ in range(3):  # a full backlog: further connections hear nothing
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(silent.getsockname())
+        names = [entry(silent.getsockname()), entry(answering.getsockname())]
+        monkeypatch.setattr(address, "resolve", lambda *_: names)
+        with address.dial("two", 1, time.monotonic() + 1) as connection:
+            assert connection.getpeername() == answering.getsockname()
+        monkeypatch.setattr(address, "resolve", lambda *_: names[:1])
+        with pytest.raises(TimeoutError):
+            address.dial("silent", 1, time.monotonic() + 0.2)
+        monkeypatch.setattr(address, "resolve", lambda *_: [])
+        with pytest.raises(OSError, match="'none' has no address"):
+            address.dial("none", 1, time.monotonic() + 1)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from dataclasses import dataclass
 from typing import Any
 
-from mooncake_hpc.address import resolve, split
+from mooncake_hpc.address import dial, split
 from mooncake_hpc.control import frames
 from mooncake_hpc.control.frames import Kind, dumps
 from mooncake_hpc.errors import ConfigError, MetadataError, PeerLost, TransferError
@@ -42,7 +41,7 @@ def exchange(address: str, kind: Kind, payload: Any, timeout: float, settings: S
     connected_by = min(deadline, time.monotonic() + settings.handshake_connect_timeout)
     host, port = split(address, settings.handshake_port)
     try:
-        connection = _connect(host, port, connected_by)
+        connection = dial(host, port, connected_by)
     except OSError as error:
         raise PeerLost(f"{what}: cannot connect: {error.strerror or error}") from error
     try:
@@ -92,20 +91,3 @@ def fetch_metadata(address: str, timeout: float, settings: Settings) -> SegmentD
     if reply is None:
         raise MetadataError(f"the process at {address} has a metadata server; use that, not P2PHANDSHAKE")
     return SegmentDescriptor.from_json(dumps(reply), f"the answer of {address}")
-
-
-def _connect(host: str, port: int, deadline: float) -> socket.socket:
-    """A connection to the first of the host's addresses that accepts. Raises OSError."""
-    failure: OSError = OSError(f"{host!r} has no address")
-    for family, kind, protocol, _, target in resolve(host, port, frames.remaining(deadline)):
-        connection = socket.socket(family, kind, protocol)
-        try:
-            connection.settimeout(frames.remaining(deadline))
-            connection.connect(target)
-            return connection
-        except BaseException as error:
-            connection.close()
-            if not isinstance(error, OSError):
-                raise
-            failure = error
-    raise failure

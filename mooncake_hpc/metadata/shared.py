@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mooncake_hpc.address import published_address
+from mooncake_hpc.address import P2PHANDSHAKE, published_address
 from mooncake_hpc.mpi import World, shared_address
 from mooncake_hpc.settings import Settings
 
@@ -32,7 +32,7 @@ def own_metadata(named: str, name: str, settings: Settings, stack: ExitStack) ->
     """What `named` says, or an etcd of the process `name`, which others reach where they reach the process."""
     if named != EMBEDDED:
         return named, settings
-    etcd, settings = start_etcd(published_address(name, "P2PHANDSHAKE", settings), settings)
+    etcd, settings = start_etcd(published_address(name, P2PHANDSHAKE, settings), settings)
     return stack.enter_context(etcd).endpoint, settings
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from mooncake_hpc.address import P2PHANDSHAKE
 from mooncake_hpc.errors import ConfigError
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.settings import Settings
@@ -29,7 +30,7 @@ def open_store(spec: str, settings: Settings | None = None) -> MetadataStore:
         return MemoryStore(rest)
     if scheme in ("http", "https"):
         raise ConfigError(f"metadata server {spec!r}: HTTP metadata servers are not supported, use etcd: {ACCEPTED}")
-    if spec.strip() in ("P2PHANDSHAKE", "embedded"):
+    if spec.strip() in (P2PHANDSHAKE, "embedded"):
         raise ConfigError(f"metadata server {spec!r} names no store to look into: give host:port or etcd://host:port")
     if scheme != "etcd":
         raise ConfigError(f"metadata server {spec!r}: expected {ACCEPTED}")

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from mooncake_hpc.address import join, resolve
+from mooncake_hpc.address import dial, join
 from mooncake_hpc.errors import MooncakeError, PeerLost
 from mooncake_hpc.kernels import lane as layout
 from mooncake_hpc.kernels import tcp_client, tcp_lists
@@ -175,9 +175,7 @@ class TcpLane(Lane):
         self._connections += 1
         host, port = self._peer.endpoint()
         self._where = join(host, port)
-        connection = _dial(host, port, self._settings)
-        connection.setblocking(False)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection = _connect(host, port, self._settings)
         number = secrets.randbits(55) + 1
         self._identity = f"{number:014x}"
         with self._lock:
@@ -213,20 +211,16 @@ def _tables(descriptor: SegmentDescriptor) -> Tables:
     return Tables.of((b.address, b.address + b.length, b.readonly) for b in descriptor.buffers)
 
 
-def _dial(host: str, port: int, settings: Settings) -> socket.socket:
-    """Connect to the first of the host's addresses that accepts. Raises OSError."""
-    timeout = settings.handshake_connect_timeout
-    failure: OSError = OSError(f"{host!r} has no address")
-    for family, kind, protocol, _, target in resolve(host, port, timeout):
-        connection = socket.socket(family, kind, protocol)
-        try:
-            connection.settimeout(timeout)
-            connection.connect(target)
-            return connection
-        except OSError as error:
-            connection.close()
-            failure = OSError(error.errno, f"cannot connect to data port {join(host, port)}: {error.strerror or error}")
-    raise failure
+def _connect(host: str, port: int, settings: Settings) -> socket.socket:
+    """A connection to a data port. Raises OSError that says which."""
+    try:
+        connection = dial(host, port, time.monotonic() + settings.handshake_connect_timeout)
+    except OSError as error:
+        text = f"cannot connect to data port {join(host, port)}: {error.strerror or error}"
+        raise OSError(error.errno, text) from error
+    connection.setblocking(False)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
 
 
 def _explain(cause: int, settings: Settings) -> str:
