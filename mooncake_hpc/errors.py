@@ -9,6 +9,12 @@ MooncakeError
 │   └── NameInUse                               a living process holds this name
 ├── RegistrationError (ValueError)    memory that cannot be registered, or is not
 ├── WorkerError                       a worker process failed and could not be replaced
+├── P2PError                          the P2P Store refused or failed
+│   ├── ObjectNotFound (LookupError)            nobody holds such an object, or all of it
+│   ├── ObjectExists                            somebody else's object has the name
+│   ├── ObjectReplaced                          the name was registered again meanwhile
+│   ├── SizeMismatch (ValueError)               buffers to receive it have other sizes
+│   └── IntegrityError                          bytes do not match their digest, from any source
 └── TransferError
     ├── AddressRejected (ValueError)  an address outside the peer's (or our own) registered buffers
     ├── PeerLost (ConnectionError)    the peer died, restarted or cannot be reached

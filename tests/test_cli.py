@@ -174,7 +174,6 @@ def test_a_target_killed_in_mid_run_fails_the_initiator(etcd: str, start: Start)
     assert initiator.returncode == 1 and "FAILED: PeerLost" in output, output
 
 
-@pytest.mark.slow
 def descendants(pid: int) -> list[int]:
     """The processes below `pid`, as many as can still be read."""
     try:
