@@ -165,7 +165,7 @@ store.close()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", ["3.20.3", "4.21.12", "5.29.6"])
+@pytest.mark.parametrize("version", ["3.20.3", "4.21.12", "5.29.6", "6.33.0", "7.35.0"])
 def test_beside_other_protobufs(etcd: EmbeddedEtcd, version: str) -> None:
     folder = VENVS / f"protobuf-{version}"
     if not folder.is_dir():
