@@ -55,8 +55,8 @@ class Settings:
     handshake_max_length: int = 1 << 20  # MC_HANDSHAKE_MAX_LENGTH: longest RPC frame, at most 128 MiB
     use_ipv6: bool = False  # MC_USE_IPV6: prefer IPv6 where the published address is not given
     metadata_cluster_id: str = ""  # MC_METADATA_CLUSTER_ID: keys live under mooncake/<id>/
-    transfer_timeout: float = 30.0  # MC_TRANSFER_TIMEOUT: default deadline of read() and write()
-    lease_ttl: float = 10.0  # MOONCAKE_HPC_LEASE_TTL: a dead process's keys vanish after this
+    transfer_timeout: float = 30.0  # MC_TRANSFER_TIMEOUT: default deadline of read() and write(), 5 at least
+    lease_ttl: float = 10.0  # MOONCAKE_HPC_LEASE_TTL: a dead process's keys vanish after this, 1 at least
     metadata_timeout: float = 5.0  # MOONCAKE_HPC_METADATA_TIMEOUT: deadline of one metadata operation
     settle_timeout: float = 60.0  # MOONCAKE_HPC_SETTLE: ranks of a job may differ that much in starting
     etcd_user: str = ""  # MOONCAKE_HPC_ETCD_USER
@@ -75,7 +75,7 @@ class Settings:
         read = _Reader(os.environ if env is None else env)
         return cls(
             tcp_bind_address=read.text("MC_TCP_BIND_ADDRESS"),
-            tcp_proto=1 if read.text("MC_TCP_PROTO") == "1" else 2,
+            tcp_proto=read.integer("MC_TCP_PROTO", 2, 1, 2),
             tcp_lanes_per_peer=read.integer("MC_TCP_LANES_PER_PEER", 0, 0, 16),
             tcp_progress_timeout=read.seconds("MC_TCP_PROGRESS_TIMEOUT_SEC", 30.0),
             rpc_port_min=read.port("MC_MIN_RPC_PORT", 15000),
