@@ -43,3 +43,28 @@ def test_memory_idle_time_and_compiled_kernels(etcd: str) -> None:
         assert told[f"{side}_idle_cores"] < 0.01, told
     assert told["worker_bytes"] <= 150 * MB, told
     assert told["compiled"] == 0, told
+
+
+HOST = """
+import logging, os, signal, sys, threading
+def state():
+    root = logging.getLogger()
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    hooks = sys.excepthook, sys.unraisablehook, threading.excepthook
+    return dict(os.environ), root.level, list(root.handlers), handlers, hooks, list(sys.path), threading.active_count()
+import numpy as np
+import mooncake_hpc as mh
+before = state()
+engine = mh.TransferEngine
+with mh.EmbeddedEtcd() as etcd, engine("a:1", etcd.endpoint) as a, engine("b:1", etcd.endpoint) as b:
+    a.allocate(1000)
+    segment, block = b.open_segment("a:1"), np.ones(1000, np.uint8)
+    b.register(block)
+    b.read(block, segment, segment.buffers[0].address)
+assert not block.any() and state() == before, (before, state())
+assert not {"etcd3", "mpi4py", "pyverbs"} & set(sys.modules)
+"""
+
+
+def test_a_host_program_is_as_it_was_after_engines_have_run_in_it() -> None:
+    assert python("-c", HOST) == ""
