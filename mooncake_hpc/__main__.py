@@ -107,7 +107,8 @@ def _myself() -> list[str]:
     """How this program is started again."""
     if os.path.basename(sys.argv[0]) == "mooncake-hpc":
         return [sys.argv[0]]
-    return [sys.executable, "-m", "mooncake_hpc"]
+    safe = ["-P"] if sys.flags.safe_path else []  # our package and no module of the current folder
+    return [sys.executable, *safe, "-m", "mooncake_hpc"]
 
 
 def _fail(name: str, error: Exception, code: int) -> int:

@@ -105,6 +105,17 @@ def test_cpu_of_both_sides_and_units(etcd: str, start: Start, tmp_path: Path, op
     assert result["target_cpu_seconds"] > 0 and result["initiator_cpu_seconds"] > 0
 
 
+def test_modules_of_the_current_folder_stay_out(etcd: str, start: Start, tmp_path: Path) -> None:
+    """With `python -P`, here and in the command that a target prints."""
+    (tmp_path / "random.py").write_text("raise SystemExit('imported from the current folder')")
+    program = [sys.executable, "-P", "-m", "mooncake_hpc", "bench", "--mode=target", "--protocol=tcp", *SMALL]
+    process = start(*program, f"--metadata_server={etcd}", "--local_server_name=127.0.0.1:21013", cwd=tmp_path)
+    assert process.stdout is not None and "is ready" in process.stdout.readline()
+    command = shlex.split(process.stdout.readline())
+    shown = subprocess.run([*command, "--duration=0.1"], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert shown.returncode == 0, shown
+
+
 def keys(etcd: str, name: str) -> list[str]:
     with open_store(etcd, Settings()) as store:
         return [key for key in store.list("mooncake/") if key.endswith(name)]
