@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import shutil
 import subprocess
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 RDMA_WAY = os.environ.get("MOONCAKE_TEST_RDMA", "")  # set by launch/_rdma.sh: native, rxe or guest
+# As launch/_env.sh: numba looks at the file of a kernel only, not at those of the kernels that are compiled into it.
+KERNELS = b"".join(path.read_bytes() for path in sorted((ROOT / "mooncake_hpc" / "kernels").glob("*.py")))
+os.environ.setdefault("NUMBA_CACHE_DIR", str(ROOT / ".mooncake" / f"numba-{hashlib.sha256(KERNELS).hexdigest()[:12]}"))
 LAUNCHERS = ("PMI", "PMIX", "OMPI", "PRTE", "HYDRA", "MPI", "SLURM", "MV2")
 
 
