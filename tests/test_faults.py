@@ -27,6 +27,7 @@ from mooncake_hpc.errors import (
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.testing.link import Link, linked, requests
 from mooncake_hpc.testing.peer import PeerProcess, digest
+from mooncake_hpc.transports.shm.client import dial
 
 HOST = "127.0.0.1"
 P2P = "P2PHANDSHAKE"
@@ -226,6 +227,29 @@ def test_more_silent_clients_than_connections_allowed(node: Link) -> None:
             late.write(local, late.open_segment(node.peer.name), node.remote, timeout=20)
         assert node.remote_digest(0, 4096) == digest(np.full(4096, 35, np.uint8))
         still_works(node, 36)
+
+
+def test_clients_of_the_hand_over_socket_that_stop_half_way_hold_up_nobody() -> None:
+    """Of shared memory: silent, half a length, half a request, garbage, too much, and one that reads no answer."""
+    with linked("shm", 1 << 20) as link, contextlib.ExitStack() as stack:
+        asked = struct.pack("<I", 11) + b'{"have":[]}'
+        for words in (b"", b"\x05\x00", struct.pack("<I", 100) + b"{", b"\xff" * 500, asked * 20_000):
+            client = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            client.connect("\0" + link.segment.descriptor.shm_socket)
+            client.settimeout(0.2)
+            with contextlib.suppress(OSError):
+                client.sendall(words)
+        for _ in range(300):  # more than may be connected: the silent ones make room
+            silent = dial(link.segment.descriptor.shm_socket)
+            assert silent is not None
+            stack.enter_context(silent)
+        began = time.monotonic()
+        link.peer.call("allocate", 4096)  # what was mapped is out of date
+        with engine(P2P, "second:1", "shm") as second:
+            local = second.allocate(1 << 20)
+            second.read(local, second.open_segment(link.peer.name), link.remote, timeout=10)
+        still_works(link, 40)
+        assert time.monotonic() - began < 10
 
 
 # --- etcd -------------------------------------------------------------------------------------------------------

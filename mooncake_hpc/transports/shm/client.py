@@ -168,10 +168,22 @@ def dial(address: str) -> socket.socket | None:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         connection.settimeout(handoff.TIMEOUT)
-        connection.connect("\0" + address)
+        _connect(connection, "\0" + address, time.monotonic() + handoff.TIMEOUT)
         if handoff.peer_is_ours(connection):
             return connection
     except OSError:
         pass
     connection.close()
     return None
+
+
+def _connect(connection: socket.socket, address: str, deadline: float) -> None:
+    """connect(), which does not wait for a Unix socket with a full backlog. Raises OSError."""
+    while True:
+        try:
+            connection.connect(address)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)

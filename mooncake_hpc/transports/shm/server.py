@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import secrets
-import selectors
 import socket
 import threading
 import time
@@ -24,6 +23,7 @@ from mooncake_hpc.transports.shm import handoff
 
 log = logging.getLogger(__name__)
 
+MAX_CLIENTS = 256
 GRACE = 5.0  # seconds a peer may be busy with memory that is being unregistered before it is given up
 
 
@@ -35,6 +35,12 @@ class Client:
         self.page = MemoryFile(native.PAGE_BYTES, "mooncake-page")
         self.words: npt.NDArray[np.int64] = self.page.array.view(np.int64)
         self.greeted = False
+        self.thread: threading.Thread | None = None
+
+    def stop(self) -> None:
+        """Have its thread end, which closes."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self.connection.close()
@@ -42,20 +48,19 @@ class Client:
 
 
 class ShmServer:
-    """One thread answers all clients; exchanges are rare and short."""
+    """Exchanges are rare and short; a thread a client, so that one which stops half-way holds up nobody."""
 
     def __init__(self) -> None:
         self.address = f"mooncake-{os.getpid()}-{secrets.token_hex(8)}"
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._listener.bind("\0" + self.address)
         self._listener.listen(128)
-        self._listener.setblocking(False)
         self._lock = threading.Lock()
         self._version = 1
         self._registrations: tuple[Registration, ...] = ()
-        self._clients: dict[socket.socket, Client] = {}
-        self._wake, self._waker = socket.socketpair()
-        self._thread = threading.Thread(target=self._run, name="mooncake-shm", daemon=True)
+        self._clients: dict[Client, None] = {}  # oldest first
+        self._closing = False
+        self._thread = threading.Thread(target=self._accept, name="mooncake-shm-accept", daemon=True)
         self._thread.start()
 
     def export(self, registrations: Sequence[Registration], *, shrinks: bool) -> None:
@@ -64,22 +69,32 @@ class ShmServer:
             self._registrations = tuple(r for r in registrations if r.remote_accessible and r.file is not None)
             self._version += 1
             version = self._version
-            for client in self._clients.values():
+            for client in self._clients:
                 client.words[native.PAGE_VERSION // 8] = version
         if shrinks:
             self._quiesce(version)
 
     def close(self) -> None:
-        """End the thread and all connections. Idempotent."""
+        """End all connections and threads. Idempotent."""
+        deadline = time.monotonic() + 5.0
+        self._closing = True
         with contextlib.suppress(OSError):
-            self._waker.close()
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join(5.0)
+        self._listener.close()
+        with self._lock:
+            clients = list(self._clients)
+        for client in clients:
+            client.stop()
+        for client in clients:
+            if client.thread is not None and client.thread.ident is not None:
+                client.thread.join(max(0.0, deadline - time.monotonic()))
 
     def _quiesce(self, version: int) -> None:
         deadline = time.monotonic() + GRACE
         while True:
             with self._lock:
-                busy = [c for c in self._clients.values() if 0 < c.words[native.PAGE_BUSY // 8] < version]
+                busy = [c for c in self._clients if 0 < c.words[native.PAGE_BUSY // 8] < version]
             if not busy:
                 return
             if time.monotonic() > deadline:  # stopped in the middle of a copy; what it may still touch is a memfd
@@ -87,65 +102,82 @@ class ShmServer:
                 return
             time.sleep(0.0005)
 
-    def _run(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._listener, selectors.EVENT_READ)
-            selector.register(self._wake, selectors.EVENT_READ)
-            running = True
-            while running:
-                for key, _ in selector.select():
-                    if key.fileobj is self._wake:
-                        running = False
-                    elif key.fileobj is self._listener:
-                        self._accept(selector)
-                    else:
-                        self._answer(selector, self._clients[key.fileobj])  # type: ignore[index]
-        for client in self._clients.values():
-            client.close()
-        self._clients.clear()
-        self._listener.close()
-        self._wake.close()
+    def _accept(self) -> None:
+        while not self._closing:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError as error:
+                if self._closing:
+                    return
+                log.warning("shared memory: accept: %s", error)
+                time.sleep(0.05)
+                continue
+            try:
+                self._admit(connection)
+            except Exception as error:  # the next client is to be served all the same
+                log.warning("shared memory: a client could not be taken: %s", error)
+                connection.close()
 
-    def _accept(self, selector: selectors.BaseSelector) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except OSError as error:
-            log.warning("shared memory: accept: %s", error)
-            time.sleep(0.05)
-            return
-        connection.settimeout(handoff.TIMEOUT)
+    def _admit(self, connection: socket.socket) -> None:
         if not handoff.peer_is_ours(connection):
             log.warning("shared memory: a process of another user was refused")
             connection.close()
             return
-        try:
-            client = Client(connection)
-        except MooncakeError as error:
-            log.warning("shared memory: no page for a client: %s", error)
-            connection.close()
+        client = Client(connection)
+        client.thread = threading.Thread(target=self._serve, args=(client,), name="mooncake-shm", daemon=True)
+        with self._lock:
+            full = len(self._clients) >= MAX_CLIENTS and not self._make_room()
+            if not full:
+                client.words[native.PAGE_VERSION // 8] = self._version
+                self._clients[client] = None
+        if full:
+            log.warning("shared memory: %d clients, one more refused", MAX_CLIENTS)
+            client.close()
             return
-        with self._lock:
-            client.words[native.PAGE_VERSION // 8] = self._version
-            self._clients[connection] = client
-        selector.register(connection, selectors.EVENT_READ)
-
-    def _answer(self, selector: selectors.BaseSelector, client: Client) -> None:
         try:
-            request = handoff.receive(client.connection)
-            if request is not None:
-                reply, fds = self._describe(client, {int(serial) for serial in request["have"]})
-                try:
-                    handoff.send(client.connection, reply, fds)
-                finally:
-                    for fd in fds:
-                        os.close(fd)
-                return
-        except (OSError, ValueError, KeyError, TypeError, MooncakeError) as error:
+            client.thread.start()
+        except RuntimeError:  # the system's limit of threads
+            self._forget(client)
+            raise
+
+    def _make_room(self) -> bool:
+        """End the oldest client that has never asked for anything. The caller holds the lock."""
+        silent = next((c for c in self._clients if not c.greeted), None)
+        if silent is None:
+            return False
+        silent.greeted = True  # not chosen again
+        silent.stop()  # and forgotten by its thread
+        return True
+
+    def _serve(self, client: Client) -> None:
+        try:
+            while self._answer(client):
+                pass
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, MooncakeError) as error:
             log.debug("shared memory: client dropped: %s", error)
-        selector.unregister(client.connection)
+        finally:
+            self._forget(client)
+
+    def _forget(self, client: Client) -> None:
         with self._lock:
-            del self._clients[client.connection]
+            self._clients.pop(client, None)
         client.close()
+
+    def _answer(self, client: Client) -> bool:
+        """Wait for the next request and answer it; False at the end."""
+        client.connection.settimeout(None)
+        client.connection.recv(1, socket.MSG_PEEK)
+        client.connection.settimeout(handoff.TIMEOUT)
+        request = handoff.receive(client.connection)
+        if request is None:
+            return False
+        reply, fds = self._describe(client, {int(serial) for serial in request["have"]})
+        try:
+            handoff.send(client.connection, reply, fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return True
 
     def _describe(self, client: Client, have: set[int]) -> tuple[dict[str, Any], list[int]]:
         """All our buffers and the files they lie in; descriptors of the page (first) and of files not in `have`."""
