@@ -105,6 +105,7 @@ def test_cpu_of_both_sides_and_units(etcd: str, start: Start, tmp_path: Path, op
     assert result["target_cpu_seconds"] > 0 and result["initiator_cpu_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_modules_of_the_current_folder_stay_out(etcd: str, start: Start, tmp_path: Path) -> None:
     """With `python -P`, here and in the command that a target prints."""
     (tmp_path / "random.py").write_text("raise SystemExit('imported from the current folder')")
