@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -35,6 +35,7 @@ from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.submitter import Submitter
 from mooncake_hpc.transports.base import Registration, Tables
+from mooncake_hpc.transports.lane import Lane
 from mooncake_hpc.transports.registry import DeviceChoice, make_transports
 
 log = logging.getLogger(__name__)
@@ -186,6 +187,8 @@ class TransferEngine:
             for transport in self._transports:
                 transport.export(left, shrinks=True)
             self._adopt(tuple(left))
+            for lane in self._lanes():  # the last batches hold what was registered when they began
+                lane.drop_done()
         _release(gone, left)
 
     def _add(self, registrations: list[Registration]) -> None:
@@ -285,8 +288,10 @@ class TransferEngine:
     def lane_bytes(self) -> dict[str, int]:
         """Payload bytes that our batches moved, by lane (`tcp/<segment>/0`)."""
         with self._lock:
-            lanes = [lane for segment in self._segments.values() for route in segment.routes for lane in route.lanes]
-        return {lane.name: lane.bytes for lane in lanes}
+            return {lane.name: lane.bytes for lane in self._lanes()}
+
+    def _lanes(self) -> Iterator[Lane]:
+        return (lane for segment in self._segments.values() for route in segment.routes for lane in route.lanes)
 
     # --- messages -------------------------------------------------------------------------------------------
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
+import ctypes
+import gc
+import mmap
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mooncake_hpc import READ, REQUEST, TransferEngine
+from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
 from mooncake_hpc.errors import ConfigError, MooncakeError, PeerLost, RegistrationError, TransferTimeout
+from mooncake_hpc.memory import describe
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.testing.link import Link, linked
+from mooncake_hpc.testing.peer import digest, pattern
 
 
 @pytest.fixture
@@ -76,6 +83,67 @@ def test_a_message_above_the_frame_limit_is_refused_here(link: Link) -> None:
         link.engine.notify(link.segment, "much", "x" * (1 << 20))
     link.engine.notify(link.segment, "less", "x" * ((1 << 20) - 1000))
     assert [name for name, _ in link.peer.call("notifications")] == ["less"]
+
+
+class Tensor:
+    """As a CPU tensor: its memory is told by DLPack alone."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self._array = array
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self._array.__dlpack_device__()
+
+
+class Interface:
+    """Memory told by `__array_interface__` alone."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self._array = array
+        self.__array_interface__ = array.__array_interface__
+
+
+MEMORY: dict[str, Callable[[], Any]] = {
+    "bytearray": lambda: bytearray(4000),
+    "mmap": lambda: mmap.mmap(-1, 4096),
+    "array": lambda: array.array("d", [0.0] * 500),
+    "ctypes": lambda: (ctypes.c_int * 1000)(),
+    "numpy": lambda: np.zeros((50, 10), np.float64),
+    "array interface": lambda: Interface(np.zeros(1000, np.float32)),
+    "DLPack": lambda: Tensor(np.zeros((10, 100), np.float32)),
+}
+
+
+@pytest.mark.parametrize("kind", MEMORY)
+def test_memory_of_any_kind_is_read_into_and_written_from(link: Link, kind: str) -> None:
+    memory = MEMORY[kind]()
+    link.engine.register(memory)
+    link.peer.call("fill", link.remote, 3, 5000)
+    link.engine.read(memory, link.segment, link.remote)
+    nbytes = describe(memory).nbytes
+    link.engine.write(memory, link.segment, link.remote + 10_000)
+    assert link.remote_digest(10_000, nbytes) == link.remote_digest(0, nbytes) == digest(pattern(3, nbytes))
+    link.engine.unregister(memory)
+
+
+def test_registered_memory_lives_until_it_is_unregistered(link: Link) -> None:
+    memory = Tensor(np.full(1000, 7, np.uint8))
+    view, gone = np.from_dlpack(memory), weakref.ref(memory)
+    place = describe(view)
+    link.engine.register(memory)
+    del memory, view
+    gc.collect()
+    assert gone() is not None
+    record = (WRITE, link.segment.id, place.address, link.remote, 1000)
+    del place
+    link.run(record)
+    assert link.remote_digest(0, 1000) == digest(np.full(1000, 7, np.uint8))
+    link.engine.unregister(gone())
+    gc.collect()
+    assert gone() is None
 
 
 def listening() -> set[str]:

@@ -84,7 +84,12 @@ class Lane(ABC):
         return self._head[0] >= number
 
     def keep(self, number: int, batch: Batch) -> None:
-        """Hold a queued batch until its entry has left the queue; drop those that have."""
+        """Hold a queued batch until its entry has left the queue, and `drop_done` or `keep` is called."""
+        self.drop_done()
+        self._queued.append((number, batch))
+
+    def drop_done(self) -> None:
+        """Let go of batches whose entries have left the queue, and of what they hold."""
         queued, head = self._queued, self._head[0]
         while queued and queued[0][0] <= head:
             try:
@@ -94,7 +99,6 @@ class Lane(ABC):
             if first[0] > head:
                 queued.appendleft(first)
                 break
-        queued.append((number, batch))
 
     def push(self, batch: Batch, address: int, slices: int, count: int, deadline: float) -> None:
         """Queue an entry of the batch at `address`; waits for room until `deadline` (time.monotonic()).

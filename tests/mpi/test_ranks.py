@@ -50,6 +50,8 @@ def test_patterns(tmp_path: Path, pattern: str, operation: str) -> None:
     assert result["batches"] == sum(row["batches"] for row in result["initiators"])
     assert result["batch_latency_us"]["count"] == result["batches"]
     assert result["batch_latency_us"]["max"] == max(row["batch_latency_us"]["max"] for row in result["initiators"])
+    assert 0 < result["request_latency_us"]["p50"] <= result["batch_latency_us"]["max"]
+    assert result["request_latency_us"]["count"] == sum(r["request_latency_us"]["count"] for r in result["initiators"])
     assert lines[-1].startswith("Test completed: duration ")
     assert sum(line.startswith("sum ") for line in lines) == (len(expected) > 1)
 
