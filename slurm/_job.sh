@@ -1,4 +1,5 @@
 # Sourced by the batch scripts beside it; what a job of mooncake_hpc needs, whatever it runs.
+# PROGRAM: the command of mooncake-hpc that the script runs, and its flags; unset where it runs something else.
 # Arguments of the script: --etcd-members=1|3; all others are kept in ARGS.
 # Variables that a user or a site may set before sbatch:
 #   MOONCAKE_HPC_PYTHON  a Python that has mooncake_hpc [.venv of this checkout, else python3]
@@ -26,7 +27,7 @@ ARGS=()
 for argument in "$@"; do
     case $argument in
         --etcd-members=[13]) ETCD_MEMBERS=${argument#*=} ;;
-        --etcd-members*) die "$argument: one member or three, --etcd-members=3" ;;
+        --etcd-members*) say "$argument: one member or three, --etcd-members=3"; exit 2 ;;
         *) ARGS+=("$argument") ;;
     esac
 done
@@ -36,6 +37,10 @@ PY=${MOONCAKE_HPC_PYTHON:-$CHECKOUT/.venv/bin/python}
 [ -x "$PY" ] || PY=$(command -v "${MOONCAKE_HPC_PYTHON:-python3}") || die "no Python: set MOONCAKE_HPC_PYTHON"
 "$PY" -c 'import mooncake_hpc' || die "$PY has no mooncake_hpc: run" \
     "'launch/bench --duration=1' in $CHECKOUT once, which makes .venv, or set MOONCAKE_HPC_PYTHON to a Python that has it"
+
+# ---- a mistyped flag is told before anything is started
+[ -z "${PROGRAM:-}" ] || "$PY" -m mooncake_hpc launch --check -- "${PROGRAM[@]}" --metadata_server=unknown "${ARGS[@]}" ||
+    exit
 
 # ---- the nodes: registered memory is locked memory, and compiled kernels belong on a node's own disk
 ulimit -l unlimited 2>/dev/null || ulimit -l "$(ulimit -H -l)" || true

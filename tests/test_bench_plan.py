@@ -57,7 +57,7 @@ def test_room() -> None:
 )  # fmt: skip
 def test_impossible_configurations(bad: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=str(next(iter(bad)))):
-        BenchConfig(**bad)  # type: ignore[arg-type]
+        BenchConfig(**bad).check_memory()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

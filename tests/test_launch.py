@@ -62,16 +62,25 @@ def test_launch_bench_help_needs_no_launcher() -> None:
     assert result.returncode == 0 and "--block_size" in result.stdout
 
 
-def test_a_bad_flag_is_told_once() -> None:
-    result = run("launch/bench", "--blok_size=1")
-    assert result.returncode != 0
-    assert result.stderr.count("unknown flag --blok_size") == 1, result.stderr
-
-
-@pytest.mark.slow
-def test_an_odd_number_of_ranks_is_refused_with_a_reason() -> None:
-    result = run("launch/bench", *QUICK, NP="3")
-    assert result.returncode != 0 and "--pattern=pairs needs an even number of ranks" in result.stderr
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("launch/bench --blok_size=1", "bench: unknown flag --blok_size; did you mean --block_size"),
+        (
+            "launch/run --ranks=2 -- p2p --nam=x --metadata_server=embedded",
+            "p2p: unknown flag --nam; did you mean --name",
+        ),
+        ("launch/run -- bench --metadata_server=embedded --segment_id=x", "bench: --segment_id has no meaning"),
+        ("launch/run -- bench --metadata_server=embedded --report_precision=99", "--report_precision=99"),
+        ("launch/run --ranks=3 -- bench --metadata_server=embedded", "--pattern=pairs needs an even number of ranks"),
+        ("launch/run --ranks=2 bench --protocol=tcp", "unexpected argument 'bench': the command to run comes after --"),
+        ("launch/run --ranks=2", "nothing to run"),
+    ],
+)
+def test_mistakes_are_told_once_and_before_ranks_start(command: str, message: str) -> None:
+    result = run(*command.split())
+    assert result.returncode == 2 and result.stdout == "", result
+    assert result.stderr.count(message) == 1 == len(result.stderr.splitlines()), result.stderr
 
 
 @pytest.mark.parametrize("library", ["mpich", pytest.param("openmpi", marks=pytest.mark.slow)])

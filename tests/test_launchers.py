@@ -219,8 +219,7 @@ def test_dry_run_and_mistakes() -> None:
         command = [sys.executable, "-m", "mooncake_hpc", "launch", *words]
         return subprocess.run(command, env=clean_env(), capture_output=True, text=True, timeout=60)
 
-    assert shlex.split(launch("--ranks=3", "--dry_run", "--", "bench", "--x").stdout)[-3:] == [
-        "mooncake_hpc", "bench", "--x",
-    ]  # fmt: skip
+    bench = ["bench", "--pattern=matrix", "--metadata_server=embedded"]
+    assert shlex.split(launch("--ranks=3", "--dry_run", "--", *bench).stdout)[-4:] == ["mooncake_hpc", *bench]
     assert launch("--ranks=3").returncode == 2 and "nothing to run" in launch("--ranks=3").stderr
     assert "cannot be read" in launch("--hostfile=/nowhere", "--", "bench").stderr

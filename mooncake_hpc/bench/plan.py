@@ -60,6 +60,9 @@ class BenchConfig:
                 raise ConfigError(f"--{name}={getattr(self, name)} must be above 0 and below 1e9 seconds")
         if self.operation not in OPCODES:
             raise ConfigError(f"--operation={self.operation}: expected one of {', '.join(OPCODES)}")
+
+    def check_memory(self) -> None:
+        """Raise ConfigError where this machine is too small for the run."""
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         for text, size in (
             ("block_size × batch_size × threads", self.footprint),

@@ -73,6 +73,7 @@ class FlagSet:
     about: str
     groups: Mapping[str, Sequence[Flag]]
     epilog: str = ""
+    stray: str = "every option has the form --name=value"  # what to say of an argument that is no flag
 
     def flags(self) -> dict[str, Flag]:
         return {flag.name: flag for group in self.groups.values() for flag in group}
@@ -82,7 +83,7 @@ class FlagSet:
 
         Raises ConfigError for an unknown flag (with its nearest names), a bad value, a stray argument.
         """
-        state = _State(self.flags(), env, self.program)
+        state = _State(self.flags(), env, self.program, self.stray)
         state.take(list(arguments))
         state.check_unknown()
         values = {name: state.values.get(name, flag.default) for name, flag in state.flags.items()}
@@ -101,6 +102,7 @@ class _State:
     flags: dict[str, Flag]
     env: Mapping[str, str]
     program: str
+    stray: str
     values: dict[str, Value] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     accepted_unknown: set[str] = field(default_factory=set)
@@ -115,7 +117,7 @@ class _State:
             if argument == "--" and not arguments:
                 return
             if not argument.startswith("-") or argument in ("-", "--"):
-                raise ConfigError(f"unexpected argument {argument!r}: every option has the form --name=value")
+                raise ConfigError(f"unexpected argument {argument!r}: {self.stray}")
             name, equals, value = argument.lstrip("-").partition("=")
             self.assign(name.replace("-", "_"), value if equals else None, arguments)
 

@@ -13,6 +13,7 @@ from mooncake_hpc.errors import ConfigError
 from mooncake_hpc.launchers import binding, hostfile
 from mooncake_hpc.launchers.base import Host, Job
 from mooncake_hpc.launchers.choice import command_line, environment
+from mooncake_hpc.mpi import Launch
 
 PASSED = ("MC_", "MOONCAKE_HPC_", "NUMBA_")  # beginnings of variables that ranks on other hosts get as well
 
@@ -34,8 +35,12 @@ FLAGS = FlagSet(
         "Slurm": (
             Flag("srun_options", "", "Further words for srun, as in a shell: --srun_options='--het-group=0,1'."),
         ),
-        "Look": (Flag("dry_run", False, "Print the command line and do not run it."),),
+        "Look": (
+            Flag("dry_run", False, "Print the command line and do not run it."),
+            Flag("check", False, "Look whether the flags after -- can be, and start nothing."),
+        ),
     },
+    stray="the command to run comes after --, as in --ranks=4 -- bench --protocol=tcp",
 )  # fmt: skip
 
 
@@ -50,6 +55,9 @@ def main(arguments: Sequence[str], command: Sequence[str] = ("mooncake-hpc", "la
         raise ConfigError("nothing to run: mooncake-hpc launch --ranks=4 -- bench …")
     in_slurm = "SLURM_JOB_ID" in os.environ
     job = _job(flags, program, in_slurm, command[:-1])
+    _check(program, job.ranks)
+    if flags.boolean("check"):
+        return 0
     words, launcher = command_line(job, flags.text("mpirun"), in_slurm, tuple(shlex.split(flags.text("srun_options"))))
     if flags.boolean("dry_run"):
         print(shlex.join(words))
@@ -66,6 +74,20 @@ def _split(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
         return arguments, ()
     place = list(arguments).index("--")
     return arguments[:place], arguments[place + 1 :]
+
+
+def _check(program: Sequence[str], ranks: int) -> None:
+    """Tell of flags of our commands that cannot be: once, and before anything is started. Raises ConfigError."""
+    if program[0] == "bench":
+        from mooncake_hpc.cli.transfer_engine_bench import check
+    elif program[0] == "p2p":
+        from mooncake_hpc.cli.p2p import check
+    else:
+        return
+    try:
+        check(program[1:], Launch("mooncake-hpc launch", 0, ranks))
+    except ConfigError as error:
+        raise ConfigError(f"{program[0]}: {error}") from error
 
 
 def _job(flags: Parsed, program: Sequence[str], in_slurm: bool, myself: Sequence[str]) -> Job:

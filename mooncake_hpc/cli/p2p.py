@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 from mooncake_hpc import topology
 from mooncake_hpc.cli import glog
@@ -77,10 +78,8 @@ FLAGS = FlagSet(
 def main(arguments: Sequence[str], command: Sequence[str] = ("p2p-store-example",)) -> int:
     """Run the job; the exit code. Raises ConfigError and what the P2P Store raises; the caller prints."""
     launch = detect()
-    if arguments and arguments[0] == "ls":
-        arguments = ["--cmd=ls", *arguments[1:]]
     try:
-        flags = FLAGS.parse(arguments, os.environ)
+        flags = _parse(arguments)
         if flags.wants_help or flags.wants_version:
             return _tell(flags) if launch is None or launch.rank == 0 else 0
         settings = Settings.from_env()
@@ -102,6 +101,21 @@ def main(arguments: Sequence[str], command: Sequence[str] = ("p2p-store-example"
         return run_ranks(config, settings, world, _say)
 
 
+def check(arguments: Sequence[str], launch: Launch) -> None:
+    """Raise ConfigError for what cannot be in a job of such ranks, on whatever machines they run."""
+    flags = _parse(arguments)
+    if flags.wants_help or flags.wants_version:
+        return
+    Settings.from_env()
+    _check(P2PConfig(**_values(flags)), launch)
+
+
+def _parse(arguments: Sequence[str]) -> Parsed:
+    if arguments and arguments[0] == "ls":
+        arguments = ["--cmd=ls", *arguments[1:]]
+    return FLAGS.parse(arguments, os.environ)
+
+
 def _say(line: str) -> None:
     print(line, flush=True)
 
@@ -121,8 +135,19 @@ def configure(flags: Parsed, launch: Launch | None) -> P2PConfig:
     choice = choose(asked(flags), topology.devices())
     if choice.notice and (launch is None or launch.rank == 0):
         print(choice.notice, file=sys.stderr)
-    values = {name: flags.values[name] for name in _DEFAULTS}
-    config = P2PConfig(**{**values, **choice.as_config()})
+    config = P2PConfig(**{**_values(flags), **choice.as_config()})
+    _check(config, launch)
+    if config.cmd == "ls":
+        return config if "name" in flags.named else replace(config, name="")
+    return replace(config, local_server_name=config.local_server_name or default_name(launch))
+
+
+def _values(flags: Parsed) -> dict[str, Any]:
+    """The fields of P2PConfig as the command line has them."""
+    return {name: flags.values[name] for name in _DEFAULTS}
+
+
+def _check(config: P2PConfig, launch: Launch | None) -> None:
     if not config.metadata_server:
         raise ConfigError("--metadata_server is missing: host:port of an etcd, etcd://a:1,b:2, or embedded")
     if not config.cmd and launch is None:
@@ -130,6 +155,3 @@ def configure(flags: Parsed, launch: Launch | None) -> P2PConfig:
     for name in ("file_size_mb", "size", "shard_size", "idle", "linger", "wait", "timeout"):
         if getattr(config, name) < 0:
             raise ConfigError(f"--{name}={getattr(config, name)} is below 0")
-    if config.cmd == "ls":
-        return config if "name" in flags.named else replace(config, name="")
-    return replace(config, local_server_name=config.local_server_name or default_name(launch))

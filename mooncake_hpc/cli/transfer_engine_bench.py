@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from mooncake_hpc import topology
-from mooncake_hpc.bench.plan import MATRIX, PATTERNS, BenchConfig
+from mooncake_hpc.bench.plan import MATRIX, PATTERNS, BenchConfig, roles
 from mooncake_hpc.bench.report import UNITS, Units
 from mooncake_hpc.cli import glog
 from mooncake_hpc.cli.gflags import Flag, FlagSet, Parsed
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str], command: Sequence[str] = ("transfer_engine_be
         if flags.wants_help or flags.wants_version:
             return _tell(flags) if launch is None or launch.rank == 0 else 0
         settings = Settings.from_env()
-        alone = launch is None or "mode" in flags.named or (launch.size == 1 and bool(flags.text("segment_id")))
+        alone = _alone(flags, launch)
         config = configure(flags, settings, launch, alone)
     except ConfigError:
         if launch is None or launch.rank == 0:
@@ -106,6 +107,29 @@ def main(arguments: Sequence[str], command: Sequence[str] = ("transfer_engine_be
         return 2  # the same on every rank; rank 0 says why
     glog.set_up(flags)
     return _run(flags, config, settings, None if alone else launch, command)
+
+
+def check(arguments: Sequence[str], launch: Launch) -> None:
+    """Raise ConfigError for what cannot be in a job of such ranks, on whatever machines they run."""
+    flags = FLAGS.parse(arguments, os.environ)
+    if flags.wants_help or flags.wants_version:
+        return
+    settings, alone = Settings.from_env(), _alone(flags, launch)
+    _check(flags, alone)
+    config = BenchConfig(**_values(flags, settings))
+    if not alone and config.pattern != MATRIX:
+        roles(config.pattern, launch.size)
+
+
+def _alone(flags: Parsed, launch: Launch | None) -> bool:
+    """Whether this process has one mode, whatever launched it."""
+    return launch is None or "mode" in flags.named or (launch.size == 1 and bool(flags.text("segment_id")))
+
+
+def _values(flags: Parsed, settings: Settings) -> dict[str, Any]:
+    """The fields of BenchConfig as the command line has them."""
+    timeout = flags.number("timeout") or settings.transfer_timeout
+    return {**{name: flags.values[name] for name in _DEFAULTS}, "timeout": timeout}
 
 
 def _tell(flags: Parsed) -> int:
@@ -123,24 +147,28 @@ def configure(flags: Parsed, settings: Settings, launch: Launch | None, alone: b
 
     Prints notices to stderr (rank 0 only); raises ConfigError for what cannot be.
     """
-    values = {name: flags.values[name] for name in _DEFAULTS if name not in ("protocol", "timeout")}
-    _check_names(flags, alone)
+    values = _values(flags, settings)
+    _check(flags, alone)
     if alone and not values["local_server_name"]:
         values["local_server_name"] = default_name(launch)
-    values["timeout"] = flags.number("timeout") or settings.transfer_timeout
     choice = choose(asked(flags), topology.devices())
     config = BenchConfig(**{**values, **choice.as_config()})
+    config.check_memory()
     notice = choice.notice
     if config.footprint > config.buffer_size:
         notice += f"\nWARNING: --buffer_size raised from {config.buffer_size} to {config.footprint} bytes"
         config = BenchConfig(**{**config.as_dict(), "buffer_size": config.footprint})
+    if (unit := flags.text("report_unit")) not in UNITS:
+        notice += f"\nWARNING: --report_unit={unit} is none of {', '.join(UNITS)}: using GB"
     if notice and (launch is None or launch.rank == 0):
         print(notice.strip(), file=sys.stderr)
     return config
 
 
-def _check_names(flags: Parsed, alone: bool) -> None:
+def _check(flags: Parsed, alone: bool) -> None:
     """Flags that must be there, and those that a job of ranks cannot use."""
+    if not 0 <= flags.integer("report_precision") <= 12:
+        raise ConfigError(f"--report_precision={flags.integer('report_precision')} must be 0 to 12")
     if not flags.text("metadata_server"):
         raise ConfigError(
             "--metadata_server is missing: host:port of an etcd, etcd://a:1,b:2, P2PHANDSHAKE, or embedded"
@@ -157,23 +185,15 @@ def _check_names(flags: Parsed, alone: bool) -> None:
             )
 
 
-def _units(flags: Parsed) -> Units:
-    unit, precision = flags.text("report_unit"), flags.integer("report_precision")
-    if unit not in UNITS:
-        print(f"WARNING: --report_unit={unit} is none of {', '.join(UNITS)}: using GB", file=sys.stderr)
-        unit = "GB"
-    if not 0 <= precision <= 12:
-        raise ConfigError(f"--report_precision={precision} must be 0 to 12")
-    return Units(unit, precision)
-
-
 def _run(flags: Parsed, config: BenchConfig, settings: Settings, launch: Launch | None, command: Sequence[str]) -> int:
     from mooncake_hpc.bench import job, matrix
 
     path = flags.text("json")
     if path and not os.access(Path(path).absolute().parent, os.W_OK):
         raise ConfigError(f"--json={path}: the folder {Path(path).absolute().parent} cannot be written")
-    output = job.Output(lambda line: print(line, flush=True), _units(flags), path)
+    unit = flags.text("report_unit")
+    units = Units(unit if unit in UNITS else "GB", flags.integer("report_precision"))
+    output = job.Output(lambda line: print(line, flush=True), units, path)
     if launch is not None:
         world = World(launch, settle=settings.settle_timeout)
         with world.guarded():

@@ -148,9 +148,17 @@ def test_an_etcd_unfit_for_several_members_is_refused(slurm: Sandbox, tmp_path: 
 
 def test_mistakes_are_told(slurm: Sandbox, tmp_path: Path) -> None:
     job = slurm.run("bench.sbatch", "--etcd-members=2", folder=tmp_path)
-    assert job.state == "FAILED" and "one member or three" in job.output, job
+    assert (job.state, job.code) == ("FAILED", "2:0") and "one member or three" in job.output, job
     job = slurm.run("bench.sbatch", folder=tmp_path, env={"MOONCAKE_HPC_PYTHON": "/usr/bin/python3"})
     assert job.state == "FAILED" and "/usr/bin/python3 has no mooncake_hpc" in job.output, job
+
+
+@pytest.mark.parametrize("script", ["bench.sbatch", "heterogeneous.sbatch"])
+def test_a_mistyped_flag_is_told_before_anything_starts(slurm: Sandbox, tmp_path: Path, script: str) -> None:
+    number = slurm.submit(script, "--protocl=tcp", folder=tmp_path)
+    job = slurm.wait(number, 60)[0]
+    assert (job.state, job.code, job.results) == ("FAILED", "2:0", []), job
+    assert job.output.count("unknown flag --protocl; did you mean --protocol") == 1 == len(job.output.splitlines()), job
 
 
 def test_a_newcomers_commands(slurm: Sandbox, tmp_path: Path) -> None:
