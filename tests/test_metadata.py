@@ -251,16 +251,72 @@ def test_old_process_leaves_its_successors_keys(etcd: EmbeddedEtcd, reader: Meta
         assert reader.list("") == {}
 
 
-def test_takeover_is_noticed_after_trouble(etcd: EmbeddedEtcd, reader: MetadataStore) -> None:
-    """The lease lived on; whoever had no trouble is told when it publishes the key again."""
+def watchers(endpoint: str) -> int:
+    """Keys and prefixes that clients have etcd tell them about."""
+    connection = HTTPConnection(endpoint, timeout=10)
+    connection.request("GET", "/metrics")
+    lines = connection.getresponse().read().decode().splitlines()
+    connection.close()
+    return next(int(line.split()[1]) for line in lines if line.startswith("etcd_debugging_mvcc_watcher_total "))
+
+
+def test_takeover_is_logged(etcd: EmbeddedEtcd, reader: MetadataStore, caplog: pytest.LogCaptureFixture) -> None:
+    with open_store(etcd.endpoint, SETTINGS) as old, open_store(etcd.endpoint, SETTINGS) as new:
+        old.publish("k", "old")
+        new.publish("k", "new")
+        assert eventually(lambda: old.lost == {"k"}, 10)
+        told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len(told) == 1 and "another process has published k, which was ours" in told[0], told
+
+
+def test_takeover_in_mid_trouble(etcd: EmbeddedEtcd, reader: MetadataStore) -> None:
     forwarder = Forwarder(etcd.endpoint)
     both = f"etcd://{forwarder.endpoint},{etcd.endpoint}"
     with open_store(both, SETTINGS) as old, open_store(etcd.endpoint, SETTINGS) as new:
         old.publish("k", "old")
+        forwarder.frozen.set()
         new.publish("k", "new")
         forwarder.cut()
-        assert eventually(lambda: old.lost == {"k"}, TTL)
+        assert eventually(lambda: old.lost == {"k"}, 10)
         assert reader.get("k") == "new"
+
+
+def test_takeover_after_trouble(etcd: EmbeddedEtcd, reader: MetadataStore) -> None:
+    """Keys are watched over the other way as well."""
+    forwarder = Forwarder(etcd.endpoint)
+    both = f"etcd://{forwarder.endpoint},{etcd.endpoint}"
+    with open_store(both, SETTINGS) as old:
+        old.publish("k", "old")
+        assert eventually(lambda: watchers(etcd.endpoint) == 1, 10)
+        forwarder.cut()
+        assert eventually(lambda: watchers(etcd.endpoint) == 0, 10)
+        assert eventually(lambda: watchers(etcd.endpoint) == 1, 10)
+        with open_store(etcd.endpoint, SETTINGS) as new:
+            new.publish("k", "new")
+            assert eventually(lambda: old.lost == {"k"}, 10)
+            assert reader.get("k") == "new"
+
+
+def test_only_what_is_published_is_watched(etcd: EmbeddedEtcd, reader: MetadataStore) -> None:
+    with open_store(etcd.endpoint, SETTINGS) as store:
+        assert watchers(etcd.endpoint) == 0
+        for key in "abc":
+            store.publish(key, "1")
+        store.publish("a", "2")
+        store.withdraw("b")
+        store.publish("b", "again")
+        store.withdraw("b")
+        assert eventually(lambda: watchers(etcd.endpoint) == 2, 10)
+    assert eventually(lambda: watchers(etcd.endpoint) == 0, 10)
+
+
+def test_a_key_that_somebody_deletes_comes_back(etcd: EmbeddedEtcd, reader: MetadataStore) -> None:
+    with open_store(etcd.endpoint, SETTINGS) as store:
+        store.publish("k", "v")
+        assert eventually(lambda: watchers(etcd.endpoint) == 1, 10)
+        command = [Path(find_etcd(Settings())).with_name("etcdctl"), f"--endpoints={etcd.endpoint}", "del", "k"]
+        subprocess.run(command, check=True, capture_output=True, env={"ETCDCTL_API": "3"})
+        assert eventually(lambda: reader.get("k") == "v", 10)
 
 
 def test_a_withdrawal_that_failed_is_made_up_for(etcd: EmbeddedEtcd, reader: MetadataStore) -> None:

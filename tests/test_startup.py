@@ -26,12 +26,10 @@ def test_requests_do_not_grow_with_the_ranks(mpirun: str, tmp_path: Path) -> Non
     assert result.returncode == 0, result
     few, many = json.loads((tmp_path / "figures.json").read_text())
     assert (few["ranks"], many["ranks"]) == (2, 8)
-    assert sum(many["start"].values()) <= AT_START, many
+    # a slow start may have a renewal in it
+    asked = [{name: n for name, n in figures["start"].items() if name not in STEADY} for figures in (few, many)]
+    assert asked[0] == asked[1] and sum(asked[1].values()) <= AT_START, asked
     for figures in (few, many):
-        # a slow start may have a renewal in it
-        assert {name: count for name, count in figures["start"].items() if name not in STEADY} == {
-            name: count for name, count in few["start"].items() if name not in STEADY
-        }
         assert set(figures["steady"]) <= STEADY, figures
         assert all(count * seconds <= seconds / PERIOD + 2 for count in figures["steady"].values()), figures
         assert figures["compiled"] == 0, figures

@@ -29,6 +29,7 @@ from mooncake_hpc.settings import Settings
 
 log = logging.getLogger(__name__)
 
+ANOTHER_NAME = "end that process, or give this one another name (--local_server_name, TransferEngine's first argument)"
 PROBE_TIMEOUT = 1.0  # seconds for the present holder of a name to show that it lives
 
 
@@ -153,7 +154,7 @@ class Directory:
             record = self._rpc_record(self.name)
             if record != self._own:  # two processes found the name free at the same time
                 winner = join(record.host, record.port)
-                raise NameInUse(f"segment name {self.name!r} was taken by {winner} just now")
+                raise NameInUse(f"segment name {self.name!r} was taken by {winner} just now: {ANOTHER_NAME}")
             self._put(store, text, buffers)
         except BaseException:
             self._withdraw(store)
@@ -167,8 +168,7 @@ class Directory:
             reply = client.probe(address, PROBE_TIMEOUT, self._settings)
         except client.Unanswered as error:
             raise NameInUse(
-                f"segment name {self.name!r}: its holder accepts connections but is silent; end it, or "
-                f"choose another name: {error}"
+                f"segment name {self.name!r}: its holder accepts connections but is silent: {ANOTHER_NAME}: {error}"
             ) from error
         except (SegmentNotFound, PeerLost):
             return
@@ -179,11 +179,11 @@ class Directory:
             return
         # any other generation is a process that was given the dead holder's port
         if reply.generation == holder.generation != self._own.generation:
-            raise NameInUse(f"segment name {self.name!r} belongs to a living process at {address}")
+            raise NameInUse(f"segment name {self.name!r} belongs to a living process at {address}: {ANOTHER_NAME}")
 
     def _check_lost(self, store: MetadataStore) -> None:
         if lost := store.lost & {self._segment_key(self.name), self._rpc_key(self.name)}:
-            raise NameInUse(f"another process published {min(lost)!r} after our lease in {store.spec} ended")
+            raise NameInUse(f"another process has published {min(lost)!r} in {store.spec} after us: {ANOTHER_NAME}")
 
     def _check_frame(self, text: str, buffers: int) -> None:
         limit = self._settings.handshake_max_length

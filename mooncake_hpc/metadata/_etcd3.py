@@ -1,4 +1,4 @@
-"""The one module that touches etcd3, grpc and protobuf: one connection to one etcd endpoint.
+"""One connection to one etcd endpoint. This module and `_streams` alone touch etcd3, grpc and protobuf.
 
 etcd3 0.12.0 cannot be imported beside protobuf 4 and later (its generated code is too old) and registers
 files named `rpc.proto` and `kv.proto` in protobuf's default pool. So it is loaded as a private copy: its
@@ -13,45 +13,28 @@ import builtins
 import importlib.metadata
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
 from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.metadata._failures import Failure, Kind, failure_of, text_of
+from mooncake_hpc.metadata._streams import Changing, KeyStream
+from mooncake_hpc.settings import Settings
 
 T = TypeVar("T")
 
 VERSION = "0.12.0"
 INSTALL = "pip install 'mooncake-hpc[etcd]'"
 DESCRIPTORS = ("kv", "auth", "rpc")  # in the order of their imports
-DELETE = 1  # mvccpb.Event.EventType
 CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),  # http_proxy is for the web, not for a cluster's etcd
     ("grpc.use_local_subchannel_pool", 1),  # a new connection never inherits the back-off of a dropped one
     ("grpc.max_receive_message_length", -1),  # a listing of many keys may exceed the default of 4 MiB
 ]
-
-
-class Kind(Enum):
-    """What a failed call asks of the caller."""
-
-    UNAVAILABLE = "try another endpoint, or again"
-    LOGIN = "log in again"
-    LEASE = "the lease is gone"
-    TOO_LARGE = "the request is too large"
-    REFUSED = "give up"
-
-
-class Failure(Exception):
-    """A call that failed; the text is etcd's or gRPC's own."""
-
-    def __init__(self, kind: Kind, details: str) -> None:
-        super().__init__(details)
-        self.kind = kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +46,17 @@ class Access:
     ca: str = ""
     cert: str = ""
     key: str = ""
+
+    @classmethod
+    def of(cls, settings: Settings) -> Access:
+        """What the settings say; ConfigError where one of them needs another."""
+        if bool(settings.etcd_user) != bool(settings.etcd_password):
+            raise ConfigError("MOONCAKE_HPC_ETCD_USER and MOONCAKE_HPC_ETCD_PASSWORD: set both or none")
+        if bool(settings.etcd_cert) != bool(settings.etcd_key):
+            raise ConfigError("MOONCAKE_HPC_ETCD_CERT and MOONCAKE_HPC_ETCD_KEY: set both or none")
+        if settings.etcd_cert and not settings.etcd_ca:
+            raise ConfigError("MOONCAKE_HPC_ETCD_CERT needs MOONCAKE_HPC_ETCD_CA, which switches TLS on")
+        return cls(settings.etcd_user, settings.etcd_password, settings.etcd_ca, settings.etcd_cert, settings.etcd_key)
 
 
 class _PrivatePackage:
@@ -216,7 +210,7 @@ class Connection:
             raise Failure(Kind.UNAVAILABLE, str(error)) from error
         except (grpc.RpcError, self._package.Etcd3Exception) as error:
             cause = error if isinstance(error, grpc.RpcError) else error.__context__
-            raise _failure(cause) from error
+            raise failure_of(cause) from error
 
     def _log_in(self, timeout: float) -> None:
         # Not by etcd3's constructor: it adds call credentials, which gRPC refuses without TLS.
@@ -231,30 +225,37 @@ class Connection:
 
     def get(self, key: str, timeout: float) -> str | None:
         value, _ = self._do(timeout, lambda client: client.get(key))
-        return None if value is None else _text(value)
+        return None if value is None else text_of(value)
 
     def list(self, prefix: str, timeout: float) -> dict[str, str]:
         if prefix:
             reply = self._do(timeout, lambda client: client.get_prefix_response(prefix))
         else:
             reply = self._do(timeout, lambda client: client.get_all_response())
-        return {_text(item.key): _text(item.value) for item in reply.kvs}
+        return {text_of(item.key): text_of(item.value) for item in reply.kvs}
 
     def list_at(self, prefix: str, timeout: float) -> tuple[dict[str, str], int]:
         """All keys under a prefix that is not empty, and the store's revision that they are of."""
         reply = self._do(timeout, lambda client: client.get_prefix_response(prefix))
-        return {_text(item.key): _text(item.value) for item in reply.kvs}, reply.header.revision
+        return {text_of(item.key): text_of(item.value) for item in reply.kvs}, reply.header.revision
 
     def follow(self, prefix: str, revision: int, timeout: float) -> Changing:
         """The changes under a prefix from `revision` on, for at most `timeout` seconds."""
         rpc, key = self._package.etcdrpc, prefix.encode()
         create = rpc.WatchCreateRequest(key=key, range_end=_after(key), start_revision=revision)
-        stub = rpc.WatchStub(self._client.channel)
+        return Changing(self._watch([rpc.WatchRequest(create_request=create)], timeout, timeout))
+
+    def follow_keys(self, timeout: float) -> KeyStream:
+        """A stream of the changes of keys that are named to it, without an end; `timeout` is for a log-in."""
+        return KeyStream(self._package.etcdrpc, lambda requests: self._watch(requests, None, timeout))
+
+    def _watch(self, requests: Iterable[Any], seconds: float | None, timeout: float) -> Any:
+        """A watch of etcd's for so many seconds. Raises Failure."""
         try:
             if self._access.user and self._client.metadata is None:
                 self._do(timeout, lambda _client: None)  # logs in
-            requests = iter([rpc.WatchRequest(create_request=create)])
-            return Changing(stub.Watch(requests, timeout, metadata=self._client.metadata))
+            stub = self._package.etcdrpc.WatchStub(self._client.channel)
+            return stub.Watch(iter(requests), seconds, metadata=self._client.metadata)
         except ValueError as error:
             raise Failure(Kind.UNAVAILABLE, str(error)) from error
 
@@ -311,7 +312,7 @@ class Connection:
     def lease_keys(self, lease: int, timeout: float) -> set[str]:
         """The keys that hang on `lease`."""
         reply = self._do(timeout, lambda client: client.get_lease_info(lease))
-        return {_text(key) for key in reply.keys}
+        return {text_of(key) for key in reply.keys}
 
     def revoke(self, lease: int, timeout: float) -> None:
         """End the lease; every key that hangs on it goes too."""
@@ -322,70 +323,6 @@ class Connection:
         self._client.close()
 
 
-class Changing:
-    """A stream of changes: iterate over lists of (key, value, or None where it was deleted).
-
-    Ends when the server gives the watch up (its revision was compacted away); raises Failure, at the latest when the
-    time is up.
-    """
-
-    def __init__(self, call: Any) -> None:
-        self._call = call
-
-    def __iter__(self) -> Iterator[list[tuple[str, str | None]]]:
-        import grpc
-
-        try:
-            for reply in self._call:
-                if reply.canceled:
-                    return
-                if reply.events:
-                    yield [
-                        (_text(event.kv.key), None if event.type == DELETE else _text(event.kv.value))
-                        for event in reply.events
-                    ]
-        except grpc.RpcError as error:
-            raise _failure(error) from error
-        finally:
-            self._call.cancel()
-
-    def cancel(self) -> None:
-        """End the stream; the iteration raises Failure."""
-        self._call.cancel()
-
-
 def _after(prefix: bytes) -> bytes:
     """The first key behind all that start with `prefix`, which ends in no 0xff byte."""
     return prefix[:-1] + bytes([prefix[-1] + 1])
-
-
-def _text(value: bytes) -> str:
-    return value.decode("utf-8", "replace")  # a key of somebody else may hold anything
-
-
-def _failure(error: Any) -> Failure:
-    from grpc import StatusCode
-
-    refusals = {
-        StatusCode.INVALID_ARGUMENT,
-        StatusCode.PERMISSION_DENIED,
-        StatusCode.FAILED_PRECONDITION,
-        StatusCode.RESOURCE_EXHAUSTED,
-        StatusCode.UNIMPLEMENTED,
-        StatusCode.NOT_FOUND,
-    }
-    code, details = error.code(), error.details() or ""
-    text = f"{code.name}: {details}" if details else code.name
-    if "too large" in details or "larger than max" in details:
-        kind = Kind.TOO_LARGE
-    elif code is StatusCode.UNAUTHENTICATED or "auth token" in details or "auth store is old" in details:
-        kind = Kind.LOGIN
-    elif "lease not found" in details:
-        kind = Kind.LEASE
-    elif code in refusals and "too many requests" not in details:
-        kind = Kind.REFUSED
-    else:
-        kind = Kind.UNAVAILABLE
-    if "user name is empty" in details:
-        text += " (this etcd wants a user: set MOONCAKE_HPC_ETCD_USER and MOONCAKE_HPC_ETCD_PASSWORD)"
-    return Failure(kind, text)

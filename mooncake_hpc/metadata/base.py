@@ -16,7 +16,7 @@ class MetadataStore(ABC):
     Published keys are *leased*: they vanish by themselves within `Settings.lease_ttl` seconds after this
     process dies. The store keeps them alive in the background and, when the lease or the store's whole
     content was lost, puts them back, except where somebody else's value stands in the key by then: that
-    one is given up.
+    one is given up, as is one that somebody else puts while the lease lives: noticed at once, and logged.
     """
 
     spec: str  # what the user named, for messages: "127.0.0.1:2379", "memory://test"
@@ -34,7 +34,8 @@ class MetadataStore(ABC):
         """Put the leased value and keep it alive until `withdraw` or `close`.
 
         A key that this store does not hold yet is put over whatever is there. A new value of one that it holds
-        is put only if nobody else has put the key since: else NameInUse, and the key is `lost`. MetadataError
+        is put only if nobody else's stands there since: else NameInUse, and the key is `lost`. One that is lost stays
+        so until it is withdrawn, or published when nobody has it any more. MetadataError
         when the store refuses it: for a value above its size limit the text says both sizes.
         """
 

@@ -11,9 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from mooncake_hpc.errors import ConfigError, MetadataError, MetadataUnavailable, MooncakeError, NameInUse
-from mooncake_hpc.metadata._etcd3 import Access, Changing, Connection, Failure, Kind
+from mooncake_hpc.errors import MetadataError, MetadataUnavailable, MooncakeError, NameInUse
+from mooncake_hpc.metadata._etcd3 import Access, Connection
+from mooncake_hpc.metadata._etcd_watch import EtcdWatch
+from mooncake_hpc.metadata._failures import Failure, Kind
+from mooncake_hpc.metadata._streams import Changing, KeyStream
 from mooncake_hpc.metadata.base import MetadataStore
+from mooncake_hpc.metadata.guard import Guard
 from mooncake_hpc.metadata.watch import OnChange, Watch
 from mooncake_hpc.settings import Settings
 
@@ -33,14 +37,15 @@ class EtcdStore(MetadataStore):
 
     Every key that this process publishes hangs on its one lease, so a key is ours exactly while it hangs on
     it: that is what decides whether a key may be put back or removed. A thread renews the lease at a third of
-    its TTL. Only where something went wrong meanwhile (a call, a connection, the lease) it also looks at what
-    hangs on the lease, and sets right whatever differs. ConfigError: impossible TLS or user settings, or no etcd3.
+    its TTL. Only where something went wrong meanwhile (a call, a connection, the lease), or when the guard says that
+    somebody else has put or removed a key of ours, it also looks at what hangs on the lease, and sets right whatever
+    differs. ConfigError: impossible TLS or user settings, or no etcd3.
     """
 
     def __init__(self, endpoints: Sequence[str], settings: Settings) -> None:
         self.spec = ",".join(endpoints)
         self._endpoints = tuple(endpoints)
-        self._access = _access(settings)
+        self._access = Access.of(settings)
         self._timeout = settings.metadata_timeout
         self._ttl = math.ceil(settings.lease_ttl)  # seconds; etcd may grant more
         self._process = os.getpid()
@@ -55,6 +60,8 @@ class EtcdStore(MetadataStore):
         self._lost: frozenset[str] = frozenset()
         self._doubt = False  # what hangs on the lease may not be what was published
         self._keeper: threading.Thread | None = None
+        self._guard = Guard(self._follow_keys, self._changed)
+        self._early = threading.Event()  # the keeper is to look now
         self._closing = threading.Event()
 
     def get(self, key: str) -> str | None:
@@ -94,7 +101,7 @@ class EtcdStore(MetadataStore):
 
     def watch(self, prefix: str, on_change: OnChange) -> Watch:
         self._check_usable()
-        return _EtcdWatch(self, prefix, on_change)
+        return EtcdWatch(self, prefix, on_change)
 
     def withdraw(self, key: str) -> None:
         self._check_usable()
@@ -102,6 +109,7 @@ class EtcdStore(MetadataStore):
         with self._write(deadline):
             self._published.pop(key, None)
             self._lost -= {key}
+            self._cover()
             if self._lease:
                 self._remove(key, deadline)
 
@@ -113,11 +121,13 @@ class EtcdStore(MetadataStore):
         if self._closing.is_set() or os.getpid() != self._process:
             return  # in a forked child everything here is the parent's
         self._closing.set()
+        self._early.set()
         deadline = self._deadline()
         if self._keeper is not None:
             self._keeper.join(self._timeout)
         if self._writing.acquire(timeout=max(0.0, deadline - time.monotonic())):
             self._writing.release()  # no other writer is under way, and none can start any more
+        self._guard.close()
         if self._lease:
             try:
                 self._call(lambda etcd, timeout: etcd.revoke(self._lease, timeout), deadline, last=True)
@@ -137,6 +147,19 @@ class EtcdStore(MetadataStore):
     def follow(self, prefix: str, revision: int) -> Changing:
         """Changes from a revision on. Raises Failure."""
         return self._connected().follow(prefix, revision, WATCH_TIME)
+
+    def _follow_keys(self) -> KeyStream:
+        return self._connected().follow_keys(self._timeout)
+
+    def _changed(self, key: str, lease: int) -> None:
+        """What the guard saw: where it was not us, the keeper looks at once."""
+        if lease != self._lease and key in self._published:
+            self._doubt = True
+            self._early.set()
+
+    def _cover(self) -> None:
+        if self._guard.cover(self._published.keys()):
+            self._doubt = True
 
     # One call: fail-over, log-in, deadline
 
@@ -224,15 +247,18 @@ class EtcdStore(MetadataStore):
 
     def _hold(self, key: str, value: str) -> None:
         """Keep alive what was put."""
+        new = key not in self._published
         self._published[key] = value
         self._lost -= {key}
+        if new:
+            self._cover()
         if self._keeper is None:
             self._keeper = threading.Thread(target=self._keep, name="mooncake-etcd-lease", daemon=True)
             self._keeper.start()
 
     def _put(self, key: str, value: str, deadline: float) -> bool:
-        """A new key over whatever is there; one that we hold already only while it is ours still."""
-        put = Connection.put_if_ours if key in self._published else Connection.put
+        """A new key over whatever is there; one that we hold, or have lost, only where nobody else's stands there."""
+        put = Connection.put_if_ours if key in self._published or key in self._lost else Connection.put
         return self._put_by(put, key, value, deadline)
 
     def _put_by(
@@ -251,15 +277,23 @@ class EtcdStore(MetadataStore):
     def _new_lease(self, deadline: float) -> None:
         wanted = self._ttl
         self._lease, self._ttl = self._call(lambda etcd, timeout: etcd.grant(wanted, timeout), deadline)
-        self._doubt |= bool(self._published)  # those hang on the old one
+        if self._published:  # they hang on the old one
+            self._doubt = True
 
     def _remove(self, key: str, deadline: float) -> None:
         self._call(lambda etcd, timeout: etcd.delete_if_leased(key, self._lease, timeout), deadline)
 
     def _give_up(self, key: str) -> None:
-        del self._published[key]
+        if self._published.pop(key, None) is None:
+            return  # it has been told
         self._lost |= {key}
-        log.warning("etcd %s: %s now belongs to another process, given up", self.spec, key)
+        self._cover()
+        log.warning(
+            "etcd %s: another process has published %s, which was ours: what it put is left alone, and ours is "
+            "published no more",
+            self.spec,
+            key,
+        )
 
     def _refusal(self, key: str, value: str, error: Failure) -> MetadataError:
         if error.kind is Kind.TOO_LARGE:
@@ -273,7 +307,11 @@ class EtcdStore(MetadataStore):
 
     def _keep(self) -> None:
         trouble = False
-        while not self._closing.wait(self._ttl / 3):
+        while True:
+            self._early.wait(self._ttl / 3)
+            self._early.clear()
+            if self._closing.is_set():
+                return
             try:
                 self._renew(time.monotonic() + min(self._timeout, self._ttl))
             except (MooncakeError, Failure) as error:
@@ -293,6 +331,7 @@ class EtcdStore(MetadataStore):
             if not alive and lease == self._lease:
                 log.warning("etcd %s: the lease is lost, publishing again under a new one", self.spec)
                 self._new_lease(deadline)
+            self._cover()
             if self._doubt:
                 self._set_right(deadline)
 
@@ -305,48 +344,3 @@ class EtcdStore(MetadataStore):
         for key in self._published.keys() - hanging:
             if not self._put(key, self._published[key], deadline):
                 self._give_up(key)
-
-
-class _EtcdWatch(Watch):
-    def __init__(self, store: EtcdStore, prefix: str, on_change: OnChange) -> None:
-        super().__init__(prefix, on_change)
-        self._store = store
-        self._stream: Changing | None = None
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._closing.is_set():
-            try:
-                present, revision = self._store.list_at(self.prefix)
-                self._list(present)
-                self._stream = self._store.follow(self.prefix, revision + 1)
-                if self._closing.is_set():
-                    self._interrupt()
-                for changes in self._stream:
-                    self._change(dict(changes))
-            except (MooncakeError, Failure) as error:
-                if not self._closing.is_set():
-                    log.debug(
-                        "etcd %s: watch of %r goes on with a new stream: %s", self._store.spec, self.prefix, error
-                    )
-                self._closing.wait(FIRST_PAUSE)
-
-    def _interrupt(self) -> None:
-        if self._stream is not None:
-            self._stream.cancel()
-
-
-def _access(settings: Settings) -> Access:
-    if bool(settings.etcd_user) != bool(settings.etcd_password):
-        raise ConfigError("MOONCAKE_HPC_ETCD_USER and MOONCAKE_HPC_ETCD_PASSWORD: set both or none")
-    if bool(settings.etcd_cert) != bool(settings.etcd_key):
-        raise ConfigError("MOONCAKE_HPC_ETCD_CERT and MOONCAKE_HPC_ETCD_KEY: set both or none")
-    if settings.etcd_cert and not settings.etcd_ca:
-        raise ConfigError("MOONCAKE_HPC_ETCD_CERT needs MOONCAKE_HPC_ETCD_CA, which switches TLS on")
-    return Access(
-        user=settings.etcd_user,
-        password=settings.etcd_password,
-        ca=settings.etcd_ca,
-        cert=settings.etcd_cert,
-        key=settings.etcd_key,
-    )

@@ -18,6 +18,9 @@ class _Space:
         self.entries: dict[str, tuple[str, MemoryStore]] = {}
 
     def put(self, key: str, value: str, owner: MemoryStore) -> None:
+        before = self.entries.get(key)
+        if before is not None and before[1] is not owner:
+            before[1].lose(key)
         self.entries[key] = (value, owner)
         self.lock.notify_all()
 
@@ -39,7 +42,6 @@ class MemoryStore(MetadataStore):
     def __init__(self, name: str) -> None:
         self.spec = f"memory://{name}"
         self._closed = False
-        self._held: set[str] = set()
         self._lost: frozenset[str] = frozenset()
         with _spaces_lock:
             self._space = _spaces.setdefault(name, _Space())
@@ -58,13 +60,9 @@ class MemoryStore(MetadataStore):
     def publish(self, key: str, value: str) -> None:
         self._check_open()
         with self._space.lock:
-            entry = self._space.entries.get(key)
-            if key in self._held and entry is not None and entry[1] is not self:
-                self._held.discard(key)
-                self._lost |= {key}
+            if key in self._lost and key in self._space.entries:
                 raise NameInUse(f"{key} at {self.spec} now belongs to another store: it is left alone")
             self._space.put(key, value, self)
-            self._held.add(key)
             self._lost -= {key}
 
     def create(self, key: str, value: str) -> bool:
@@ -73,7 +71,6 @@ class MemoryStore(MetadataStore):
             if key in self._space.entries:
                 return False
             self._space.put(key, value, self)
-            self._held.add(key)
             self._lost -= {key}
             return True
 
@@ -84,7 +81,6 @@ class MemoryStore(MetadataStore):
     def withdraw(self, key: str) -> None:
         self._check_open()
         with self._space.lock:
-            self._held.discard(key)
             self._lost -= {key}
             entry = self._space.entries.get(key)
             if entry is not None and entry[1] is self:
@@ -93,6 +89,10 @@ class MemoryStore(MetadataStore):
     @property
     def lost(self) -> frozenset[str]:
         return self._lost
+
+    def lose(self, key: str) -> None:
+        """Another store puts our key."""
+        self._lost |= {key}
 
     def close(self) -> None:
         self._closed = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -85,9 +86,12 @@ class MetadataStoreConformance:
         new.publish("k", "new")
         with pytest.raises(NameInUse, match="k at "):
             old.publish("k", "old, changed")
+        with pytest.raises(NameInUse, match="k at "):
+            old.publish("k", "old, changed again")
         assert new.get("k") == "new"
         assert old.lost == {"k"}
-        old.publish("k", "on purpose")  # given up by now, so this is a new key of ours
+        old.withdraw("k")
+        old.publish("k", "on purpose")  # a new key of ours
         assert new.get("k") == "on purpose"
         assert old.lost == frozenset()
 
@@ -98,6 +102,24 @@ class MetadataStoreConformance:
         other.close()
         ours.publish("k", "3")
         assert ours.get("k") == "3"
+        assert ours.lost == frozenset()
+
+    def test_takeover_is_noticed(self, opener: Open) -> None:
+        """Without a call of ours; what was not taken goes on as ours, and what was stays the other's."""
+        old, new = opener(), opener()
+        for key in ("k", "kept", "gone"):
+            old.publish(key, "old")
+        old.withdraw("gone")
+        for key in ("k", "gone", "other"):
+            new.publish(key, "new")
+        deadline = time.monotonic() + 30
+        while old.lost != {"k"}:
+            assert time.monotonic() < deadline, old.lost
+            time.sleep(0.01)
+        old.publish("kept", "still ours")
+        assert new.list("") == {"gone": "new", "k": "new", "kept": "still ours", "other": "new"}
+        old.close()
+        assert new.list("") == {"gone": "new", "k": "new", "other": "new"}
 
     def test_close_withdraws_everything_ours(self, opener: Open) -> None:
         ours, other = opener(), opener()
