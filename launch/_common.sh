@@ -7,6 +7,11 @@ STATE=$ROOT/.mooncake
 die() { echo "$(basename "$0"): $*" >&2; exit 1; }
 say() { echo "$(basename "$0"): $*" >&2; }
 
+# show_help: the head of the calling script. help_if_asked ARGUMENT…: nothing but that where it is asked for.
+show_help() { sed -n '2,/^set /s/^# \?//p' "$0"; }
+usage() { show_help >&2; exit 2; }
+help_if_asked() { case "${1:-}" in -h | -help | --help) show_help; exit 0 ;; esac; }
+
 # apt_install PACKAGE…: only as root, and only where apt-get exists.
 apt_install() {
     command -v apt-get >/dev/null || die "please install: $*"
