@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from mooncake_hpc import TransferEngine
+from mooncake_hpc.bench import runner
 from mooncake_hpc.bench.node import CPU_BUFFER, Initiator, Result, Target
 from mooncake_hpc.bench.plan import BenchConfig
 from mooncake_hpc.errors import ConfigError
@@ -104,6 +105,19 @@ def test_injected_faults_are_counted(
     rounds = result.measured.compared // (BLOCK * BATCH * THREADS)
     assert least * rounds <= result.measured.wrong <= most * rounds
     assert result.measured.wrong > 0 and result.measured.failure == ""
+
+
+def test_progress_of_a_verified_run_is_told(
+    engines: tuple[TransferEngine, TransferEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "PROGRESS", 0.0)
+    run_config = config("read")
+    Target(engines[0], run_config)
+    node, told = Initiator(engines[1], run_config, [engines[0].name], [0]), list[str]()
+    with WorkerPool(0) as pool:
+        node.warm_up(pool)
+        result = node.run(pool, told.append)
+    assert told[-1].endswith(f"{result.measured.compared} bytes compared, 0 wrong") and len(told) > 1, told
 
 
 def test_the_targets_cpu_time_is_read(engines: tuple[TransferEngine, TransferEngine]) -> None:

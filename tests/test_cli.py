@@ -148,6 +148,7 @@ def test_a_living_targets_name_is_refused(etcd: str, start: Start) -> None:
     target(start, etcd, "127.0.0.1:21004", *SMALL)
     second = run("--mode=target", f"--metadata_server={etcd}", "--local_server_name=127.0.0.1:21004", "--protocol=tcp")
     assert second.returncode == 1 and "NameInUse" in second.stderr and "127.0.0.1:21004" in second.stderr
+    assert "another name (--local_server_name" in second.stderr
 
 
 @pytest.mark.slow
@@ -262,16 +263,27 @@ def test_protocols(etcd: str, start: Start, protocol: str, carrier: str) -> None
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_an_initiator(etcd: str, start: Start) -> None:
+@pytest.mark.parametrize("flags", [[], ["--verify"]], ids=["plain", "verify"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_initiator_that_is_interrupted_says_what_it_measured(
+    etcd: str, start: Start, tmp_path: Path, flags: list[str], number: signal.Signals, code: int
+) -> None:
+    """It is no result: no closing line, no JSON."""
     _, command = target(start, etcd, "127.0.0.1:21011", *SMALL)
-    initiator = start(*command, "--duration=60")
+    initiator = start(*command, "--duration=60", *flags, f"--json={tmp_path / 'result.json'}")
     assert initiator.stdout is not None
     for line in initiator.stdout:
         if line.startswith("connected"):
             break
-    time.sleep(0.3)
-    initiator.send_signal(signal.SIGINT)
-    assert initiator.wait(timeout=10) == 130
+    time.sleep(0.5)
+    initiator.send_signal(number)
+    output, _ = initiator.communicate(timeout=10)
+    assert initiator.returncode == code, output
+    said = re.search(
+        r"^INTERRUPTED before the 60 s were over: duration (\S+), batch count (\d+), throughput", output, re.M
+    )
+    assert said and 0 < float(said[1]) < 30 and int(said[2]) > 0, output
+    assert "Test completed" not in output and not (tmp_path / "result.json").exists()
     assert keys(etcd, "127.0.0.1:21012") == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,11 +56,31 @@ def test_launch_bench_with_four_ranks_sums_up() -> None:
     assert result.returncode == 0, result
     rows = [line for line in result.stdout.splitlines() if " -> " in line or line.startswith("sum ")]
     assert len(rows) == 5 and rows[-1].startswith("sum ")
+    assert re.search(r"^CPU: \d+\.\d\d s, of ranks that are initiator and target at once$", result.stdout, re.M), result
 
 
 def test_launch_bench_help_needs_no_launcher() -> None:
     result = run("launch/bench", "--help")
     assert result.returncode == 0 and "--block_size" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "script", ["setup-rdma", "slurm-sandbox", "soft-roce", "soft-roce-vm", "test", "virtual-hosts"]
+)
+def test_help_sets_nothing_up(tmp_path: Path, script: str) -> None:
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    result = run(str(tmp_path / "launch" / script), "--help")
+    head = (ROOT / "launch" / script).read_text().splitlines()[1]
+    assert (result.returncode, result.stderr) == (0, "") and result.stdout.startswith(head.removeprefix("# ")), result
+    assert [file.name for file in tmp_path.iterdir()] == ["launch"]
+
+
+@pytest.mark.slow
+def test_no_etcd_is_told_by_one_rank() -> None:
+    words = ["--pattern=all_to_all", "--protocol=tcp", "--metadata_server=127.0.0.1:9"]
+    result = run("launch/run", "--ranks=3", "--", "bench", *words, *QUICK, MOONCAKE_HPC_METADATA_TIMEOUT="1")
+    assert result.returncode != 0 and result.stdout == "", result
+    assert result.stderr.count("MetadataUnavailable") == 1 and "rank 0 on" in result.stderr, result
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from mooncake_hpc.bench.report import (
     total,
     write_json,
 )
-from mooncake_hpc.bench.runner import longest_run
+from mooncake_hpc.bench.runner import Measured, longest_run
 from mooncake_hpc.errors import ConfigError, MooncakeError
 from mooncake_hpc.metadata.shared import EMBEDDED, job_metadata, login_variables, own_metadata
 from mooncake_hpc.mpi import Launch, World, default_name
@@ -50,6 +50,16 @@ class Output:
             write_json(self.json, json_object(config, results, targets_cpu))
         self.say(final_line(config, whole, self.units))
         return 1 if whole.failure or whole.wrong else 0
+
+    def interrupted(self, config: BenchConfig, measured: Measured) -> None:
+        """Say what was measured before Ctrl-C; it is no result."""
+        done = final_line(config, measured, self.units).partition(": ")[2]
+        self.say(f"INTERRUPTED before the {config.duration:g} s were over: {done}")
+
+
+def running_line(config: BenchConfig) -> str:
+    line = f"connected and warm; running for {config.duration:g} s"
+    return f"{line}, with verification in {longest_run(config):g} s at most" if config.verify else line
 
 
 def worker_pool(config: BenchConfig) -> WorkerPool:
@@ -115,8 +125,12 @@ def run_initiator(config: BenchConfig, settings: Settings, output: Output) -> in
             output.say(line)
         initiator.warm_up(pool)
         before = initiator.target_cpu()
-        output.say(f"connected and warm; running for {config.duration:g} s")
-        result = initiator.run(pool)
+        output.say(running_line(config))
+        try:
+            result = initiator.run(pool, output.say)
+        except KeyboardInterrupt:
+            output.interrupted(config, initiator.measured)
+            raise
         after = None if before is None or config.verify or result.measured.failure else initiator.target_cpu()
         cpu = None if before is None or after is None else after - before
         return output.report(config, [result], cpu)
@@ -162,9 +176,11 @@ def _measure(config: BenchConfig, engine: TransferEngine, world: World, output: 
             initiator.warm_up(pool)
         world.barrier(wait + config.batch_timeout * config.warmup, "initiators connect and warm up")
         if world.rank == 0:
-            output.say(f"connected and warm; running for {config.duration:g} s")
+            output.say(running_line(config))
         cpu = time.process_time()
-        result = initiator.run(pool) if initiator else None
+        first = next(rank for rank, each in enumerate(all_roles) if each.targets)
+        tell = output.say if world.rank == first else None
+        result = initiator.run(pool, tell) if initiator else None
     if result:
         result.rank = world.rank
         if result.measured.failure:  # ends the job: a sum over the others would look complete

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -113,10 +113,15 @@ class Initiator:
             pool.touch(buffer).wait(PREPARE_TIMEOUT)
         self._runner.warm_up()
 
-    def run(self, pool: WorkerPool) -> Result:
-        """The timed run, with verification if configured."""
+    @property
+    def measured(self) -> Measured:
+        """What was measured until now, also by a run that was interrupted."""
+        return self._runner.measured
+
+    def run(self, pool: WorkerPool, tell: Callable[[str], None] | None = None) -> Result:
+        """The timed run, with verification if configured, whose progress is told from time to time."""
         verifier = self._verifier(pool) if self._config.verify else None
-        measured = self._runner.run(verifier)
+        measured = self._runner.run(verifier, tell)
         lane_bytes = {lane: count for lane, count in self._engine.lane_bytes().items() if count}
         return Result(
             name=self._engine.name,

@@ -92,13 +92,20 @@ def report_lines(config: BenchConfig, results: Sequence[Result], targets_cpu: fl
         f"carried by {', '.join(transports) or 'nothing'}: "
         + ", ".join(f"{name} {count / 1e9:.3f} GB" for name, count in sorted(lanes.items()))
     )
-    target = "unknown" if targets_cpu is None else f"{targets_cpu:.2f} s"
-    lines.append(f"CPU: initiators {whole.cpu_seconds:.2f} s, targets {target}")
+    lines.append(_cpu_line(config, results, whole.cpu_seconds, targets_cpu))
     if config.verify:
         lines.append(f"verified: {whole.compared} bytes compared, {whole.wrong} wrong")
     if whole.failure:
         lines.append(f"FAILED: {whole.failure}")
     return lines
+
+
+def _cpu_line(config: BenchConfig, results: Sequence[Result], initiators: float, targets: float | None) -> str:
+    if {target for result in results for target in result.targets} <= {result.name for result in results}:
+        return f"CPU: {initiators:.2f} s, of ranks that are initiator and target at once"
+    if targets is not None:
+        return f"CPU: initiators {initiators:.2f} s, targets {targets:.2f} s"
+    return f"CPU: initiators {initiators:.2f} s, targets {'not measured with --verify' if config.verify else 'unknown'}"
 
 
 def final_line(config: BenchConfig, measured: Measured, units: Units) -> str:

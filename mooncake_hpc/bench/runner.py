@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,6 +20,9 @@ from mooncake_hpc.errors import MooncakeError, TransferCancelled, TransferError
 Requests = npt.NDArray[Any]
 SAMPLE = 5_000_000  # ns between two batches of a submitter whose requests are timed, which costs some 20 µs
 COUNTED = 4096  # latencies are counted this many at a time
+PROGRESS = 5.0  # seconds between two words about a verified run
+LAST_BATCH = 0.5  # seconds for a submitter to end after Ctrl-C
+Tell = Callable[[str], object]
 WALL_FACTOR, WALL_EXTRA = 4, 10.0  # a verified run ends at the latest after duration × factor + extra seconds
 
 
@@ -69,7 +72,7 @@ class Runner:
         self._submitters = [_Submitter(requests) for requests in batches]
         self._stopped = False
         self._lock = threading.Lock()
-        self._measured = Measured()
+        self.measured = Measured()
         self._error: Exception | None = None
 
     def warm_up(self) -> None:
@@ -78,30 +81,43 @@ class Runner:
             self._window(self._config.warmup, float("inf"))
         if self._error is not None:
             raise self._error
-        self._measured = Measured()
+        self.measured = Measured()
         for submitter in self._submitters:
             submitter.latency, submitter.request_latency, submitter.batches = Histogram(), Histogram(), 0
 
-    def run(self, verifier: Verifier | None = None) -> Measured:
-        """Run for the configured time. A failed transfer ends the run and is told in the result, not raised."""
-        measured, duration = self._measured, self._config.duration
-        wall_end = time.monotonic() + longest_run(self._config)
-        if verifier is None:
-            self._window(None, duration)
-        else:
-            while measured.seconds < duration and self._error is None and time.monotonic() < wall_end:
-                verifier.begin()
-                self._window(self._config.verify_interval, duration - measured.seconds)
-                if self._error is None:
-                    verifier.check()
-            measured.compared, measured.wrong = verifier.compared, verifier.wrong
+    def run(self, verifier: Verifier | None = None, tell: Tell | None = None) -> Measured:
+        """Run for the configured time. A failed transfer ends the run and is told in the result, not raised.
+
+        `measured` has what came of it, also when it is interrupted.
+        """
+        try:
+            if verifier is None:
+                self._window(None, self._config.duration)
+            else:
+                self._verified(verifier, tell or (lambda line: None))
+        finally:
+            for submitter in self._submitters:
+                self.measured.latency.merge(submitter.latency)
+                self.measured.request_latency.merge(submitter.request_latency)
+                self.measured.batches += submitter.batches
         if self._error is not None and not isinstance(self._error, MooncakeError):
             raise self._error
-        for submitter in self._submitters:
-            measured.latency.merge(submitter.latency)
-            measured.request_latency.merge(submitter.request_latency)
-            measured.batches += submitter.batches
-        return measured
+        return self.measured
+
+    def _verified(self, verifier: Verifier, tell: Tell) -> None:
+        """Windows and comparisons in turn; `tell` hears of them every PROGRESS seconds."""
+        measured, duration = self.measured, self._config.duration
+        wall_end, told = time.monotonic() + longest_run(self._config), time.monotonic()
+        while measured.seconds < duration and self._error is None and time.monotonic() < wall_end:
+            verifier.begin()
+            self._window(self._config.verify_interval, duration - measured.seconds)
+            if self._error is None:
+                verifier.check()
+            measured.compared, measured.wrong = verifier.compared, verifier.wrong
+            if time.monotonic() - told >= PROGRESS:
+                told = time.monotonic()
+                compared = f"{measured.compared} bytes compared, {measured.wrong} wrong"
+                tell(f"{measured.seconds:.1f} of {duration:g} s; {compared}")
 
     def _window(self, limit: int | None, seconds: float) -> None:
         """All submitters at once until each has done `limit` batches or `seconds` passed; adds the time."""
@@ -121,10 +137,13 @@ class Runner:
                 thread.join()
         except BaseException:  # Ctrl-C: each submitter ends after its batch, or when the engine closes
             self._stopped = True
+            for thread in threads:
+                thread.join(LAST_BATCH)
             raise
-        elapsed = max(s.end for s in self._submitters) - min(s.begin for s in self._submitters)
-        self._measured.seconds += elapsed / 1e9
-        self._measured.cpu_seconds += time.process_time() - cpu
+        finally:
+            elapsed = max(s.end for s in self._submitters) - min(s.begin for s in self._submitters)
+            self.measured.seconds += elapsed / 1e9
+            self.measured.cpu_seconds += time.process_time() - cpu
 
     def _submit(self, me: _Submitter, start_line: threading.Barrier, limit: int | None, seconds: float) -> None:
         """One submitter's loop. The clock runs from before the submission to the return of the wait."""
@@ -164,5 +183,5 @@ class Runner:
         failed = error.failed if isinstance(error, TransferError) else 1
         with self._lock:
             if self._error is None or isinstance(self._error, TransferCancelled):
-                self._error, self._measured.failure = error, f"{type(error).__name__}: {error}"
-            self._measured.errors += failed
+                self._error, self.measured.failure = error, f"{type(error).__name__}: {error}"
+            self.measured.errors += failed

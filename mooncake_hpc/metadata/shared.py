@@ -37,9 +37,16 @@ def own_metadata(named: str, name: str, settings: Settings, stack: ExitStack) ->
 
 
 def job_metadata(named: str, settings: Settings, world: World, stack: ExitStack, wait: float) -> tuple[str, Settings]:
-    """What `named` says, or an etcd of the job: rank 0 starts it where all ranks reach it, and tells the others."""
+    """What `named` says, or an etcd of the job: rank 0 starts it where all ranks reach it, and tells the others.
+
+    That a named one cannot be reached is told by rank 0 alone, as MetadataUnavailable, while the others wait.
+    """
     hosts = world.allgather(world.host, wait, "all ranks start")
     if named != EMBEDDED:
+        if named != P2PHANDSHAKE:
+            if world.rank == 0:
+                _reach(named, settings)
+            world.barrier(wait, "rank 0 reaches the metadata server")
         return named, settings
     access = None
     if world.rank == 0:
@@ -56,3 +63,10 @@ def login_variables(settings: Settings) -> str:
         return ""
     login = {"MOONCAKE_HPC_ETCD_USER": settings.etcd_user, "MOONCAKE_HPC_ETCD_PASSWORD": settings.etcd_password}
     return "".join(f"{name}={shlex.quote(value)} " for name, value in login.items())
+
+
+def _reach(server: str, settings: Settings) -> None:
+    from mooncake_hpc.metadata.store import open_store
+
+    with open_store(server, settings) as store:
+        store.get("mooncake/")
