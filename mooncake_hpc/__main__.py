@@ -95,9 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MooncakeError, TimeoutError) as error:
         return _fail(name, error, 1)
     except Terminated:
-        return _stopped(name, "ended by SIGTERM", 143)
+        return 143
     except KeyboardInterrupt:
-        return _stopped(name, "interrupted", 130)
+        print(f"mooncake-hpc {name}: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -109,11 +110,6 @@ def _myself() -> list[str]:
         return [sys.argv[0]]
     safe = ["-P"] if sys.flags.safe_path else []  # our package and no module of the current folder
     return [sys.executable, *safe, "-m", "mooncake_hpc"]
-
-
-def _stopped(name: str, how: str, code: int) -> int:
-    print(f"mooncake-hpc {name}: {how}", file=sys.stderr)
-    return code
 
 
 def _fail(name: str, error: Exception, code: int) -> int:

@@ -93,7 +93,7 @@ class Batch:
         """
         if not self.join(timeout):
             raise TransferTimeout(
-                f"{self.describe()} is not done after {timeout} s; it goes on: wait again, or cancel() it"
+                f"{self.describe()} is not done after {timeout:g} s; it goes on: wait again, or cancel() it"
             )
         if self._words[ERROR]:
             self._raise_error()
@@ -125,7 +125,7 @@ class Batch:
         for lane in self._lanes:
             lane.interrupt()
         if not self.join(timeout):
-            raise TransferTimeout(f"{self.describe()} could not be cancelled within {timeout} s")
+            raise TransferTimeout(f"{self.describe()} could not be cancelled within {timeout:g} s")
 
     def fileno(self) -> int:
         """A descriptor that becomes readable when the batch is done, for select and event loops. Ours to close."""

@@ -291,7 +291,10 @@ class World:
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
-        """Inside, an exception on any rank ends the job with its message and exit code 1, as others may wait."""
+        """Inside, an exception on any rank ends the job with its message and exit code 1, as others may wait.
+
+        A rank that is stopped by a signal says nothing: who sends it knows, and it is no cause of the job's end.
+        """
         try:
             yield
         except BaseException as error:
@@ -302,7 +305,8 @@ class World:
                 code = error.code if isinstance(error.code, int) else 1
             if not isinstance(error, MooncakeError | TimeoutError | KeyboardInterrupt | SystemExit):
                 traceback.print_exc()
-            told = f"{type(error).__name__}: {error}".removesuffix(": ")
-            print(f"rank {self.rank} on {self.host.name}: {told}", file=sys.stderr)
+            if not isinstance(error, KeyboardInterrupt):
+                told = f"{type(error).__name__}: {error}".removesuffix(": ")
+                print(f"rank {self.rank} on {self.host.name}: {told}", file=sys.stderr)
             self.abort(code)
             raise

@@ -122,6 +122,49 @@ with world.guarded():
     assert time.monotonic() - begin < 20
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("library", "number", "cause"),
+    [
+        ("mpich", signal.SIGKILL, r"PID \d+ RUNNING AT .*\n.*EXIT CODE: 9"),
+        ("openmpi", signal.SIGKILL, r"process rank 1 with PID \d+ on node .* exited on\s+signal 9"),
+        ("mpich", signal.SIGSTOP, r"rank [02] on .*: MooncakeError: .*TransferTimeout: .* with \S+:12346 is not done"),
+        (
+            "openmpi",
+            signal.SIGSTOP,
+            r"rank [02] on .*: MooncakeError: .*TransferTimeout: .* with \S+:12346 is not done",
+        ),
+    ],
+)
+def test_a_rank_that_dies_or_stops_ends_the_job(
+    start: Start, request: pytest.FixtureRequest, library: str, number: signal.Signals, cause: str
+) -> None:
+    """No sum over the others is printed; those that the launcher ends add no words of their own."""
+    python = sys.executable if library == "mpich" else request.getfixturevalue("openmpi")
+    mark = f"--seed={os.getpid()}{time.monotonic_ns()}"
+    flags = ["--metadata_server=embedded", "--protocol=tcp", "--pattern=all_to_all", "--duration=60", "--timeout=3"]
+    job = start(python, "-m", "mooncake_hpc", "launch", "--ranks=3", "--", "bench", *QUICK, *flags, mark)
+    assert job.stdout is not None
+    for line in job.stdout:
+        if line.startswith("connected"):
+            break
+    (one,) = [pid for pid in processes(mark) if rank_of(pid) == "1"]
+    os.kill(one, number)
+    output, _ = job.communicate(timeout=30)
+    assert job.returncode != 0 and re.search(cause, output), output
+    assert "sum " not in output and "Test completed" not in output and "Terminated" not in output, output
+    deadline = time.monotonic() + 15
+    while left := processes(mark):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def rank_of(pid: int) -> str:
+    """A process's rank, "" for a launcher."""
+    environment = dict(word.partition("=")[::2] for word in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+    return environment.get("PMI_RANK") or environment.get("OMPI_COMM_WORLD_RANK") or ""
+
+
 def test_another_libraries_launcher_is_noticed() -> None:
     command = [sys.executable, "-m", "mooncake_hpc", "bench", "--metadata_server=embedded", "--protocol=tcp", *QUICK]
     result = run(*command, OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="2")

@@ -57,7 +57,7 @@ class Job:
         while self._results is None:
             left = TICK if deadline is None else deadline - time.monotonic_ns()
             if not self._advance(min(TICK, max(0, left))) and left <= 0:
-                raise TransferTimeout(f"a worker job of {self._pieces} pieces is not done after {timeout} s")
+                raise TransferTimeout(f"a worker job of {self._pieces} pieces is not done after {timeout:g} s")
         if self._value is None:
             self._value = self._finish(self._results) or 0
         return self._value
