@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -58,13 +60,32 @@ def test_a_rank_that_is_unwell(slurm: Sandbox, tmp_path: Path, how: str, message
     assert message in job.output, job
 
 
-def test_a_rank_that_does_not_start(slurm: Sandbox, tmp_path: Path) -> None:
-    env = {**ENV, "PYTHONPATH": UNWELL, "UNWELL": "2 does-not-start"}
-    number = slurm.submit("all-to-all.sbatch", *QUICK, folder=tmp_path, options=["--nodes=3"], env=env)
+def submit_unwell(slurm: Sandbox, folder: Path, how: str, nodes: int) -> str:
+    """A job whose last rank never gets to its timed window."""
+    env = {**ENV, "PYTHONPATH": UNWELL, "UNWELL": f"{nodes - 1} {how}"}
+    flags = [*QUICK, f"--timeout={TIMEOUT}"]
+    number = slurm.submit("all-to-all.sbatch", *flags, folder=folder, options=[f"--nodes={nodes}"], env=env)
     slurm.wait_for(number, "metadata at")
-    (job,) = slurm.wait(number, SETTLE + SHUTDOWN)
+    return number
+
+
+def test_ranks_that_hang_before_they_are_ready(slurm: Sandbox, tmp_path: Path) -> None:
+    """Two jobs at once, as both are waited for: before MPI_Init, where rank 0 cannot know who is missing, and after."""
+    first = submit_unwell(slurm, tmp_path / "first", "does-not-start", nodes=2)
+    later = submit_unwell(slurm, tmp_path / "later", "hangs-in-set-up", nodes=2)
+    (job,) = slurm.wait(first, SETTLE + SHUTDOWN)
     check_nothing_came_of(job)
     assert f"rank 0 on h0: MPI_Init has waited {SETTLE} s for the other ranks" in job.output, job
+    (job,) = slurm.wait(later, PATIENT + SHUTDOWN)
+    check_nothing_came_of(job)
+    late = f"rank 1 on h3 did not come within {PATIENT} s to: targets publish their buffers"
+    assert job.output.count("rank 0 on h2: TimeoutError: ") == job.output.count(late) == 1, job
+
+
+def test_a_rank_that_the_others_cannot_reach(slurm: Sandbox, tmp_path: Path) -> None:
+    (job,) = slurm.wait(submit_unwell(slurm, tmp_path, "cannot-be-reached", nodes=3), TIMEOUT + SHUTDOWN)
+    check_nothing_came_of(job)
+    assert re.search(r"rank [01] on h[01]: PeerLost: .*h2:12347.*data port 127\.0\.0\.2:\d+: ", job.output), job
 
 
 def test_a_node_that_dies(slurm: Sandbox, tmp_path: Path) -> None:
@@ -124,6 +145,18 @@ def test_a_trainer_that_fails(slurm: Sandbox, tmp_path: Path) -> None:
     job, other = slurm.wait(number, SHUTDOWN)
     assert (job.state, job.code, other.state, job.results) == ("FAILED", "1:0", "FAILED", []), job
     assert "/nowhere" in job.output and "a trainer ended before the inferencers did" in job.output, job
+
+
+def test_an_inferencer_that_is_killed(slurm: Sandbox, tmp_path: Path) -> None:
+    """No result of the others, who may have theirs already, passes for that of the job."""
+    number = slurm.submit("heterogeneous.sbatch", "--protocol=tcp", "--size=4096", folder=tmp_path)
+    slurm.wait_for(number, "verified")
+    inferencers = [(host, pid) for host, pid, line in slurm.processes() if "--cmd=inferencer --name" in line]
+    os.kill(next(pid for host, pid in inferencers if host != "h0"), signal.SIGKILL)
+    job, other = slurm.wait(number, SHUTDOWN)
+    assert (job.state, job.code, other.state, job.results) == ("FAILED", "1:0", "FAILED", []), job
+    assert "Killed" in job.output and "an inferencer failed" in job.output, job
+    assert not list(tmp_path.glob("*.json*"))
 
 
 def test_scancel(slurm: Sandbox, tmp_path: Path, site_etcd: SiteEtcd) -> None:

@@ -30,7 +30,14 @@ def main() -> None:
         return
     if how == "does-not-start":
         _hang()
-    from mooncake_hpc.bench import node
+    if how == "cannot-be-reached":  # there it is the others' own address
+        os.environ["MC_TCP_BIND_ADDRESS"] = "127.0.0.2"
+        return
+    from mooncake_hpc.bench import job, node
+
+    if how == "hangs-in-set-up":
+        job.open_engine = lambda *words: _hang()  # type: ignore[assignment,return-value]
+        return
 
     def run(self: node.Initiator, pool: object) -> None:
         time.sleep(1)  # the others are in their timed window by then
