@@ -39,7 +39,7 @@ def main() -> None:
         job.open_engine = lambda *words: _hang()  # type: ignore[assignment,return-value]
         return
 
-    def run(self: node.Initiator, pool: object) -> None:
+    def run(self: node.Initiator, *words: object) -> None:
         time.sleep(1)  # the others are in their timed window by then
         WAYS[how]()
 
