@@ -52,7 +52,7 @@ class _Holders:
             store = stack.enter_context(open_store(endpoint))
             catalogue = Catalogue(store, "")
             if index == 0:
-                catalogue.publish(manifest, replace=False)
+                catalogue.publish(manifest, ours=False, force=False)
             key = catalogue.holder_key(manifest, f"10.77.{index}.1:12345")
             self.announcers.append(Announcer(store, key, lambda i=index: self._record(i), lambda: number))
             stack.enter_context(store.watch(catalogue.prefix(manifest.name), self._changed))

@@ -484,6 +484,19 @@ def test_a_lost_name_is_not_taken_back() -> None:
             node.directory.publish(node.describe(3))
 
 
+def test_a_successor_is_left_alone(store: MemoryStore) -> None:
+    """As the original's programs are, who publish over whatever is there: we give the name up."""
+    successor = MemoryStore("test_a_successor_is_left_alone")
+    with successor, Node("a", store, "g") as node:
+        node.directory.publish(node.describe())
+        successor.publish("mooncake/rpc_meta/a", "theirs")
+        successor.publish("mooncake/ram/a", "theirs")
+        with pytest.raises(NameInUse, match=r"mooncake/ram/a.*another name"):
+            node.directory.publish(node.describe(3))
+        node.directory.withdraw()
+        assert successor.list("") == {"mooncake/rpc_meta/a": "theirs", "mooncake/ram/a": "theirs"}
+
+
 def test_peer_to_peer() -> None:
     with Node("127.0.0.1:12345", None, "g1") as node, Node("x", None, "g2") as asker:
         assert node.directory.name == f"127.0.0.1:{node.server.port}"

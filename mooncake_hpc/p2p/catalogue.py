@@ -143,18 +143,28 @@ class Catalogue:
                 return Manifest.from_json(manifest, f"key {key!r} in {self.store.spec}")
         return None
 
-    def publish(self, manifest: Manifest, replace: bool) -> bool:
-        """Make the manifest the one that its name means; False where another has the name and not `replace`."""
+    def publish(self, manifest: Manifest, ours: bool, force: bool) -> bool:
+        """Make the manifest the one that its name means, in place of `ours` or, by `force`, of anybody's.
+
+        False where somebody else's has the name.
+        """
         key = self._manifest_key(manifest.name, manifest.version)
         current, summary = self.prefix(manifest.name) + CURRENT, _summary(manifest)
         self.store.publish(key, manifest.to_json())
-        if replace:
-            self.store.publish(current, summary)
-            return True
-        if self.store.create(current, summary):
-            return True
-        self.store.withdraw(key)
-        return False
+        done = True
+        try:
+            if ours or force:
+                self.store.publish(current, summary)
+            else:
+                done = self.store.create(current, summary)
+        except NameInUse:  # somebody has replaced ours
+            done = force
+            if force:
+                self.store.withdraw(current)
+                self.store.publish(current, summary)
+        if not done:
+            self.store.withdraw(key)
+        return done
 
     def adopt(self, manifest: Manifest) -> None:
         """Put manifest and `current` where their holder took them along. Raises MetadataError."""

@@ -103,7 +103,7 @@ class P2PStore:
         held = Held(manifest, arrays, [], True, np.ones(manifest.shards, bool))
         self._holdings.register_memory(held, [buffer for buffer, size in zip(buffers, sizes, strict=True) if size])
         try:
-            manifest = self._publish(manifest, force or before is not None)
+            manifest = self._publish(manifest, before is not None, force)
             held.manifest = manifest
             self._holdings.offer(held)
         except BaseException:
@@ -113,12 +113,12 @@ class P2PStore:
         self._holdings.replace(name, held)
         return manifest
 
-    def _publish(self, manifest: Manifest, replace_it: bool) -> Manifest:
-        if self._catalogue.publish(manifest, replace_it):
+    def _publish(self, manifest: Manifest, ours: bool, force: bool) -> Manifest:
+        if self._catalogue.publish(manifest, ours, force):
             return manifest
         theirs = self._catalogue.current(manifest.name)
         if theirs is None:  # it went this moment
-            return self._publish(manifest, True)
+            return self._publish(manifest, ours, True)
         if not theirs.same_content(manifest):
             raise ObjectExists(
                 f"object {manifest.name!r} is registered by somebody else, as version {theirs.version} of "

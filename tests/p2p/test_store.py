@@ -256,6 +256,10 @@ def test_two_trainers_with_one_name(opener: Open) -> None:
     assert first.register("o", newer, shard_size=SHARD, force=True).version != version
     reader.delete_replica("o")
     assert np.array_equal(reader.get_replica("o", timeout=60).arrays[0], newer)
+    second.register("o", content(SHARD, 4), shard_size=SHARD, force=True)
+    with pytest.raises(ObjectExists, match="force"):
+        first.register("o", newer, shard_size=SHARD)
+    assert first.register("o", newer, shard_size=SHARD, force=True).version == second.list()[0].version
 
 
 def test_a_replica_keeps_an_object_alive(opener: Open) -> None:
