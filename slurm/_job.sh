@@ -57,7 +57,7 @@ clean_up() {
     local code=$?
     trap '' TERM INT
     [ ${#CHILDREN[@]} = 0 ] || kill -TERM "${CHILDREN[@]}" 2>/dev/null || true
-    [ -z "${ETCD_PID:-}" ] || stop_etcd 2>/dev/null || true
+    [ -z "${ETCD_PID:-}" ] || eval "exec ${ETCD[1]}>&-" || true
     wait
     [ "$code" = 0 ] || DEADLINE=20 everywhere bash -c "$SWEEP" || true
     exit "$code"
@@ -96,13 +96,9 @@ address() {
     case $found in '' | 127.* | ::1) echo 0.0.0.0 ;; *) echo "$found" ;; esac
 }
 
-# A member ends when its input does: signals would reach all processes of the step, and none could remove its data.
-MEMBER='"$0" -m mooncake_hpc etcd --members="$1" --member="$SLURM_PROCID" --port="$2" --fromenv=password </dev/null &
-child=$!
-{ read -r; kill $child; } <&0 &
-wait $child && code=0 || code=$?
-kill $! 2>/dev/null
-exit $code'
+# etcd ends when its input does, and so with this script, however that ends. A signal to members, which are a step, would
+# reach all processes of the step, and none could remove its data.
+MEMBER='exec "$@" --member="$SLURM_PROCID"'
 
 # ---- etcd: the site's, or the job's own behind a password
 start_etcd() {
@@ -116,21 +112,21 @@ start_etcd() {
     export FLAGS_password=$MOONCAKE_HPC_ETCD_PASSWORD  # not on a command line, where other users would see it
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     count=$ETCD_MEMBERS
+    words=("$PY" -m mooncake_hpc etcd --until_eof --fromenv=password)
     if [ "$count" = 1 ]; then
-        words=("$PY" -m mooncake_hpc etcd --listen="$(address "${SLURMD_NODENAME:-$(hostname)}")" --fromenv=password)
+        words+=(--listen="$(address "${SLURMD_NODENAME:-$(hostname)}")")
     else
         [ ${#nodes[@]} -ge "$count" ] || die "--etcd-members=$count needs $count nodes; the job has ${#nodes[@]}"
         first=$(IFS=,; echo "${nodes[*]:0:$count}")
         words=(srun --overlap --mem=0 --nodelist="$first" --nodes="$count" --ntasks="$count" --ntasks-per-node=1
-            --mpi=none --input=all bash -c "$MEMBER" "$PY" "$first" "$((20000 + 2 * (SLURM_JOB_ID % 5000)))")
+            --mpi=none --input=all bash -c "$MEMBER" member
+            "${words[@]}" --members="$first" --port="$((20000 + 2 * (SLURM_JOB_ID % 5000)))")
     fi
     log=$(mktemp)
     coproc ETCD { exec "${words[@]}" 2>"$log"; }
     read_endpoints "$count" || { cat "$log" >&2; rm -f "$log"; die "etcd does not start"; }
     rm -f "$log"
 }
-
-stop_etcd() { [ "$ETCD_MEMBERS" = 1 ] && kill -TERM "$ETCD_PID" || eval "exec ${ETCD[1]}>&-"; }
 
 # read_endpoints COUNT: what each member prints once it serves.
 read_endpoints() {

@@ -305,6 +305,18 @@ def test_embedded_etcd_command(start: Start) -> None:
     assert process.wait(timeout=10) == 0
 
 
+def test_embedded_etcd_ends_with_its_input() -> None:
+    command = [sys.executable, "-m", "mooncake_hpc", "etcd", "--until_eof"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean_env()
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert keys(process.stdout.readline().strip(), "") == []
+        process.stdin.write("words\n")
+        process.stdin.close()
+        assert process.wait(timeout=10) == 0
+
+
 def test_warm_does_nothing_twice_but_knows_processors_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mooncake_hpc.cli import warm
 

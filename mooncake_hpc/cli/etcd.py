@@ -25,6 +25,7 @@ FLAGS = FlagSet(
                  "Each prints host:port when a majority serves."),
             Flag("member", 0, "Which of --members runs here: 0 is the first."),
             Flag("port", 0, "Clients' port with --members; the members themselves use the next one."),
+            Flag("until_eof", False, "End at the end of the standard input, and so with the program that holds it."),
             Flag("password", "", "Makes clients log in as root with it: MOONCAKE_HPC_ETCD_USER=root and "
                  "MOONCAKE_HPC_ETCD_PASSWORD."),
         ),
@@ -34,7 +35,7 @@ FLAGS = FlagSet(
 
 
 def main(arguments: Sequence[str], command: Sequence[str] = ()) -> int:
-    """Serve until SIGINT or SIGTERM; the exit code. Raises ConfigError, MetadataError."""
+    """Serve until SIGINT, SIGTERM or what --until_eof says; the exit code. Raises ConfigError, MetadataError."""
     flags = FLAGS.parse(arguments, os.environ)
     if flags.wants_help:
         print(FLAGS.help(), end="")
@@ -44,6 +45,9 @@ def main(arguments: Sequence[str], command: Sequence[str] = ()) -> int:
         try:
             sys.stdout.write(f"{etcd.endpoint}\n")  # in one piece: members share srun's output
             sys.stdout.flush()
+            while flags.boolean("until_eof"):
+                if not os.read(sys.stdin.fileno(), 4096):
+                    return 0
             while True:
                 signal.pause()
         except KeyboardInterrupt:

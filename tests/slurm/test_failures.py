@@ -159,6 +159,15 @@ def test_an_inferencer_that_is_killed(slurm: Sandbox, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.json*"))
 
 
+def test_the_batch_script_is_killed(slurm: Sandbox, tmp_path: Path) -> None:
+    """As when the node's memory is used up: it can end nothing, and etcd is no child of Slurm's any more."""
+    number = start(slurm, tmp_path, nodes=2)
+    (script,) = [pid for _, pid, line in slurm.processes() if "/slurm_script " in line and "bash -c" not in line]
+    os.kill(script, signal.SIGKILL)
+    (job,) = slurm.wait(number, SHUTDOWN)
+    check_nothing_came_of(job)
+
+
 def test_scancel(slurm: Sandbox, tmp_path: Path, site_etcd: SiteEtcd) -> None:
     """Ranks may lock as much memory as can be, though the submitting shell could not. Their keys go with them."""
     number = start(slurm, tmp_path, ETCD_ENDPOINTS=site_etcd.endpoint)
