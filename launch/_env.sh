@@ -79,5 +79,5 @@ fi
 warmed=$NUMBA_CACHE_DIR/warm-$(basename "$(readlink -f "$PY")").done
 if [ ! -e "$warmed" ]; then
     say "compiling kernels (once)"
-    "$PY" -m mooncake_hpc warm >&2 && touch "$warmed"
+    "$PY" -P -m mooncake_hpc warm >&2 && touch "$warmed"
 fi

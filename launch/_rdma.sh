@@ -26,7 +26,7 @@ way() {
 # numba keeps its caches apart by processor; in the guest it is another one than here
 warm_for_guest() {
     export NUMBA_CPU_NAME=generic
-    "$PY" -m mooncake_hpc warm >&2
+    "$PY" -P -m mooncake_hpc warm >&2
 }
 
 set_up() {

@@ -39,7 +39,7 @@ PY=${MOONCAKE_HPC_PYTHON:-$CHECKOUT/.venv/bin/python}
     "'launch/bench --duration=1' in $CHECKOUT once, which makes .venv, or set MOONCAKE_HPC_PYTHON to a Python that has it"
 
 # ---- a mistyped flag is told before anything is started
-[ -z "${PROGRAM:-}" ] || "$PY" -m mooncake_hpc launch --check -- "${PROGRAM[@]}" --metadata_server=unknown "${ARGS[@]}" ||
+[ -z "${PROGRAM:-}" ] || "$PY" -P -m mooncake_hpc launch --check -- "${PROGRAM[@]}" --metadata_server=unknown "${ARGS[@]}" ||
     exit
 
 # ---- the nodes: registered memory is locked memory, and compiled kernels belong on a node's own disk
@@ -86,7 +86,7 @@ everywhere() {
 }
 
 # ranks WORDS…: all tasks of the job as one MPI world; WORDS are a command of mooncake-hpc or a program.
-ranks() { foreground "$PY" -m mooncake_hpc launch "${LAUNCH[@]}" -- "$@"; }
+ranks() { foreground "$PY" -P -m mooncake_hpc launch "${LAUNCH[@]}" -- "$@"; }
 LAUNCH=()
 
 # address HOST: where other nodes reach it; a name that its own /etc/hosts gives to loopback will not do.
@@ -112,7 +112,7 @@ start_etcd() {
     export FLAGS_password=$MOONCAKE_HPC_ETCD_PASSWORD  # not on a command line, where other users would see it
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     count=$ETCD_MEMBERS
-    words=("$PY" -m mooncake_hpc etcd --until_eof --fromenv=password)
+    words=("$PY" -P -m mooncake_hpc etcd --until_eof --fromenv=password)
     if [ "$count" = 1 ]; then
         words+=(--listen="$(address "${SLURMD_NODENAME:-$(hostname)}")")
     else
@@ -138,6 +138,6 @@ read_endpoints() {
     METADATA=etcd://$(IFS=,; echo "${found[*]}")
 }
 
-everywhere "$PY" -m mooncake_hpc warm
+everywhere "$PY" -P -m mooncake_hpc warm
 start_etcd
 say "job $JOB: ${SLURM_NTASKS:-?} tasks on $SLURM_JOB_NODELIST, metadata at $METADATA, result in $RESULT"
