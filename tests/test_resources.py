@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, clean_env
@@ -68,3 +71,26 @@ assert not {"etcd3", "mpi4py", "pyverbs"} & set(sys.modules)
 
 def test_a_host_program_is_as_it_was_after_engines_have_run_in_it() -> None:
     assert python("-c", HOST) == ""
+
+
+CACHED = """
+from numba import types
+from mooncake_hpc.kernels import spin
+spin.budget.compile((types.int64,))
+print(sum(spin.budget.stats.cache_hits.values()))
+"""
+
+
+def test_a_kernel_is_compiled_anew_when_what_it_calls_has_changed(tmp_path: Path) -> None:
+    """As after `git pull` in an editable installation: else new words would be read by old machine code."""
+    copy = tmp_path / "mooncake_hpc"
+    shutil.copytree(ROOT / "mooncake_hpc", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    env = clean_env(NUMBA_CACHE_DIR=str(tmp_path / "cache"), PYTHONPATH=str(tmp_path))
+
+    def hits() -> str:
+        run = subprocess.run([sys.executable, "-c", CACHED], env=env, cwd=tmp_path, capture_output=True, check=True)
+        return run.stdout.decode()
+
+    assert [hits(), hits()] == ["0\n", "1\n"]
+    os.utime(copy / "kernels" / "native.py", times=(1, 1))
+    assert [hits(), hits()] == ["0\n", "1\n"]
