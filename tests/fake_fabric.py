@@ -75,7 +75,9 @@ class Fabric:
     silent: bool = False  # queue pairs in ERR give nothing back
     post_seconds: float = 0.0  # that a call of post_send takes
     refuse_posts: int = 0  # so many calls of post_send fail, with all but their first request left out
-    bad_gid_indices: set[int] = field(default_factory=set)
+    gid_indices: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by device; most have 1, 2, 3
+    bad_gid_indices: dict[str, set[int]] = field(default_factory=dict)  # by device
+    unreachable: set[bytes] = field(default_factory=set)  # GIDs that nothing connects to
     carried: collections.Counter[str] = field(default_factory=collections.Counter)  # bytes by sending device
     devices: list[Device] = field(default_factory=list)
     pairs: dict[int, QueuePair] = field(default_factory=dict)
@@ -92,6 +94,10 @@ class Fabric:
     def plug(self, name: str) -> None:
         self.down.discard(name)
         self._tell(name, PORT_BACK)
+
+    def change_gids(self, name: str, *indices: int) -> None:
+        self.gid_indices[name] = indices
+        self._tell(name, GID_CHANGED)
 
     def release(self) -> None:
         """Let what is held go on."""
@@ -204,7 +210,7 @@ class QueuePair:
         fabric.pairs[self.number] = self
 
     def connect(self, link: Link) -> None:
-        if link.gid_index in fabric.bad_gid_indices:
+        if link.gid_index in fabric.bad_gid_indices.get(self.device, ()) or link.gid in fabric.unreachable:
             raise DeviceError(f"{self.device}: no route with GID index {link.gid_index}", errno.EINVAL)
         fabric.links.append(link)
         self.peer = link.number
@@ -349,7 +355,7 @@ def notify_cq(handle: int, _solicited: int) -> int:
 
 
 def gids(device: str, port: int, settings: object) -> list[gid.Gid]:
-    return [gid.Gid(index, bytes([index]) * 15 + b"\x01") for index in (1, 2, 3)]
+    return [gid.Gid(index, bytes([index]) * 15 + b"\x01") for index in fabric.gid_indices.get(device, (1, 2, 3))]
 
 
 @contextlib.contextmanager

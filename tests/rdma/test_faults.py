@@ -25,6 +25,7 @@ from mooncake_hpc.metadata.store import open_store
 from mooncake_hpc.settings import RdmaSettings, Settings
 from mooncake_hpc.testing.link import linked
 from mooncake_hpc.testing.peer import PeerError, PeerProcess, digest, pattern
+from mooncake_hpc.transports.rdma import gid
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("forked_peers")]
 
@@ -229,6 +230,28 @@ def test_wrong_handshakes_are_refused_with_a_reason(bystander: PeerProcess, fiel
     reply = connection(bystander.name, **{**own, **fields})
     assert reply["reply_msg"], reply
     assert bystander.call("notifications") == []  # it lives
+
+
+def test_a_gid_that_nothing_reaches() -> None:
+    """The refusal says what was tried, and the peer still connects to others by its best GID."""
+    gone = "20:01:0d:b8:00:00:00:00:00:00:00:00:00:00:00:01"
+    tried = r"rxe0 port 1: queue pair \d+ to 17 at 2001:0db8:.*:0001 with GID index \d+, MTU \d+"
+    with PeerProcess(P2P, "rdma") as peer, engine() as ours:
+        reply = connection(peer.name, peer_nic_path=f"{peer.name}@rxe0", local_gid=gone)
+        assert re.search(tried, str(reply["reply_msg"])), reply
+        ours.write(ours.allocate(4096), ours.open_segment(peer.name), peer.call("allocate", 4096))
+
+
+def test_a_gid_that_the_peer_cannot_reach(rxe: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel connects no link-local address (here tried first) with an IPv4 one: the next is used and published."""
+    settings = Settings()
+    best = gid.candidates(rxe[0], 1, settings)
+    assert len(best) > 1, best
+    monkeypatch.setattr(gid, "rank", lambda table, infiniband, rank=gid.rank: rank(table, infiniband)[::-1])
+    env = {**os.environ, "MC_GID_INDEX": str(best[0].index)}
+    with PeerProcess(P2P, "rdma", env=env) as peer, engine(device_name=rxe[0]) as ours:
+        ours.write(ours.allocate(4096), ours.open_segment(peer.name), peer.call("allocate", 4096))
+        assert ours.open_segment(ours.name).descriptor.devices[0].gid == best[0].text
 
 
 @pytest.fixture(scope="module")

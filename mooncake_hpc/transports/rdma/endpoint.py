@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from mooncake_hpc.errors import DeviceError, PeerLost
 from mooncake_hpc.settings import RdmaSettings
+from mooncake_hpc.transports.rdma.gid import Gid
 from mooncake_hpc.transports.rdma.handshake import Hello
 from mooncake_hpc.transports.rdma.nic import Nic
 from mooncake_hpc.transports.rdma.verbs import Calls, Link
@@ -24,11 +25,10 @@ class Endpoint:
     closes it.
     """
 
-    def __init__(self, nic: Nic, local_path: str, peer_path: str, settings: RdmaSettings) -> None:
+    def __init__(self, nic: Nic, gid: Gid, local_path: str, peer_path: str, settings: RdmaSettings) -> None:
         """Raises DeviceError."""
-        self.nic, self.local_path, self.peer_path = nic, local_path, peer_path
+        self.nic, self.gid, self.local_path, self.peer_path = nic, gid, local_path, peer_path
         self._settings = settings
-        self.gid = nic.gid
         share = nic.device.max_completions // settings.queue_pairs  # each work request may complete with an error
         self.depth = 1 << (min(settings.max_wr, nic.device.max_depth, max(1, share)).bit_length() - 1)
         self.queue = nic.device.queue(settings.queue_pairs * self.depth)

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 
 from mooncake_hpc import topology
-from mooncake_hpc.errors import DeviceError
+from mooncake_hpc.errors import ConfigError, DeviceError
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.transports.rdma import gid, verbs
 from mooncake_hpc.transports.rdma.verbs import Device, Port
@@ -23,10 +23,10 @@ class Nic:
     def __init__(self, name: str, index: int, settings: Settings) -> None:
         """Raises DeviceError for one that cannot be opened, ConfigError for one without a port or a GID."""
         self.name, self.index = name, index
-        self._number = settings.rdma.port
+        self._settings, self._number = settings, settings.rdma.port
         _check_rights(name)
-        self._gids = gid.candidates(name, self._number, settings)[: 1 + settings.rdma.gid_retries]
-        self.gid = self._gids[0]
+        self._gids = self._candidates()
+        self.gid, self._proved = self._gids[0], False
         self.device = Device(name, self._number)
         self.port: Port = self.device.port()
         self.active = self.port.active
@@ -42,17 +42,21 @@ class Nic:
         self._thread = threading.Thread(target=self._run, args=(changed,), name=f"mooncake-{self.name}", daemon=True)
         self._thread.start()
 
-    def next_gid(self, tried: gid.Gid) -> bool:
-        """Go on to the next candidate if `tried` is still the present one; whether there is another than `tried`."""
+    def gids(self) -> list[gid.Gid]:
+        """Those to connect with, in the order in which they are tried."""
         with self._lock:
-            if self.gid != tried:
-                return True
-            left = self._gids[self._gids.index(tried) + 1 :] if tried in self._gids else []
-            if not left:
-                return False
-            log.warning("RDMA device %s: GID %s does not connect, trying %s", self, tried, left[0])
-            self.gid = left[0]
-            return True
+            return [self.gid, *(other for other in self._gids if other != self.gid)]
+
+    def connected_with(self, used: gid.Gid) -> bool:
+        """Take note of what connects, so that it is tried first if nothing did so far. Whether that is another one
+        than before, which has to be published."""
+        with self._lock:
+            changes = used != self.gid and not self._proved and used in self._gids
+            self._proved = self._proved or changes or used == self.gid
+            if changes:
+                log.warning("RDMA device %s: GID %s does not connect, %s does", self, self.gid, used)
+                self.gid = used
+            return changes
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -62,11 +66,23 @@ class Nic:
         os.close(self._wake)
         self.device.close()
 
+    def _candidates(self) -> list[gid.Gid]:
+        return gid.candidates(self.name, self._number, self._settings)[: 1 + self._settings.rdma.gid_retries]
+
+    def _look_at_gids(self) -> None:
+        """The interface's addresses may have changed, and the one in use with them."""
+        with self._lock, contextlib.suppress(ConfigError):  # none: they may come back
+            self._gids = self._candidates()
+            if self.gid not in self._gids:
+                self.gid, self._proved = self._gids[0], False
+                log.info("RDMA device %s has another GID: %s", self, self.gid)
+
     def _run(self, changed: Callable[[Nic], None]) -> None:
         for event in self.device.events(self._wake):
             if event not in (*verbs.PORT_GONE, verbs.PORT_BACK, verbs.GID_CHANGED):
                 continue
             try:
+                self._look_at_gids()
                 self.port = self.device.port()
                 self.active = self.port.active and event not in verbs.PORT_GONE
             except DeviceError as error:

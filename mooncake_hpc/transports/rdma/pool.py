@@ -15,6 +15,7 @@ from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.settings import RdmaSettings
 from mooncake_hpc.transports.base import Peer
 from mooncake_hpc.transports.rdma.endpoint import READY_TIMEOUT, Endpoint
+from mooncake_hpc.transports.rdma.gid import Gid
 from mooncake_hpc.transports.rdma.handshake import Hello
 from mooncake_hpc.transports.rdma.nic import Nic
 from mooncake_hpc.transports.rdma.sieve import Sieve
@@ -22,6 +23,10 @@ from mooncake_hpc.transports.rdma.sieve import Sieve
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 4  # handshakes for one endpoint: the peer may be at the same at the same time
+
+
+class Refused(PeerLost):
+    """The peer's answer to a handshake says why it cannot be."""
 
 
 class Pool:
@@ -46,16 +51,19 @@ class Pool:
         """
         deadline = time.monotonic() + timeout
         path = f"{peer.descriptor.nic_server}@{device}"
+        gids = nic.gids()
         for _ in range(ATTEMPTS + self._settings.gid_retries):
-            endpoint = self._obtain(nic, path)
+            endpoint = self._obtain(nic, gids[0], path)
             try:
                 if self._connected(endpoint, peer, device, deadline):
                     return endpoint
-            except BaseException:
+            except BaseException as error:
                 if not endpoint.connected:
                     self.discard(endpoint)
-                raise
-            self.discard(endpoint)
+                if not _other_gid(endpoint, error, gids):
+                    raise
+            else:
+                self.discard(endpoint)
         raise PeerLost(f"{path}: no agreement on queue pairs in {ATTEMPTS} handshakes")
 
     def _connected(self, endpoint: Endpoint, peer: Peer, device: str, deadline: float) -> bool:
@@ -73,16 +81,12 @@ class Pool:
             reply = answer
         if not reply.gid:
             reply = replace(reply, gid=_published_gid(peer.descriptor, device))
-        try:
-            with endpoint.lock:
-                if endpoint.gone or (endpoint.peer_numbers and not endpoint.belongs_to(reply)):
-                    return False
-                if not endpoint.peer_numbers:
-                    endpoint.connect(reply)
-        except DeviceError as error:
-            if self._other_gid(endpoint, error):
+        with endpoint.lock:
+            if endpoint.gone or (endpoint.peer_numbers and not endpoint.belongs_to(reply)):
                 return False
-            raise
+            if not endpoint.peer_numbers:
+                endpoint.connect(reply)
+        self._note_gid(endpoint)
         if reply.ready is not None:
             self._confirm(endpoint, peer, deadline)
         endpoint.ready.set()
@@ -99,7 +103,7 @@ class Pool:
                 return None
             raise
         if reply.error:
-            raise PeerLost(f"{endpoint.peer_path} refuses the connection from {endpoint.local_path}: {reply.error}")
+            raise Refused(f"{endpoint.peer_path} refuses the connection from {endpoint.local_path}: {reply.error}")
         if (reply.local_path, reply.peer_path) != (endpoint.peer_path, endpoint.local_path):
             raise PeerLost(f"{where} is of {reply.local_path!r} for {reply.peer_path!r}")
         return reply
@@ -146,26 +150,22 @@ class Pool:
 
     def _accept(self, nic: Nic, request: Hello) -> Endpoint:
         """The endpoint of the asking path, connected to its queue pairs if it was to none."""
-        while True:
-            endpoint = self._obtain(nic, request.local_path)
+        gids = nic.gids()
+        for _ in range(ATTEMPTS + self._settings.gid_retries):
+            endpoint = self._obtain(nic, gids[0], request.local_path)
             try:
                 with endpoint.lock:
                     if not endpoint.peer_numbers:
                         endpoint.connect(request)
                         if request.ready is None:
                             endpoint.ready.set()
+                self._note_gid(endpoint)
                 return endpoint
             except BaseException as error:
                 self.discard(endpoint)
-                if not self._other_gid(endpoint, error):
+                if not _other_gid(endpoint, error, gids):
                     raise
-
-    def _other_gid(self, endpoint: Endpoint, error: BaseException) -> bool:
-        """Whether connecting failed for our GID, and there is another one to try."""
-        if not isinstance(error, DeviceError) or error.code != errno.EINVAL or not endpoint.nic.next_gid(endpoint.gid):
-            return False
-        self._gid_changed()
-        return True
+        raise PeerLost(f"{request.local_path}: no GID of {nic} connects to it")
 
     def _take_confirmation(self, nic: Nic, request: Hello) -> Hello:
         with self._lock:
@@ -179,8 +179,8 @@ class Pool:
 
     # --- both -----------------------------------------------------------------------------------------------
 
-    def _obtain(self, nic: Nic, path: str) -> Endpoint:
-        """The present endpoint of the path, or a new one. Raises DeviceError."""
+    def _obtain(self, nic: Nic, gid: Gid, path: str) -> Endpoint:
+        """The present endpoint of the path, or a new one with that GID of ours. Raises DeviceError."""
         known, evicted = self._known[nic.index], None
         with self._lock:
             endpoint = known.get(path)
@@ -191,11 +191,16 @@ class Pool:
                 raise PeerLost("the engine is closed")
             if len(known) >= self._settings.max_endpoints:
                 evicted = known.evict()
-            endpoint = Endpoint(nic, f"{self.server}@{nic.name}", path, self._settings)
+            endpoint = Endpoint(nic, gid, f"{self.server}@{nic.name}", path, self._settings)
             known.put(path, endpoint)
         if evicted is not None:
             evicted.give_up()
         return endpoint
+
+    def _note_gid(self, endpoint: Endpoint) -> None:
+        """It is connected."""
+        if endpoint.nic.connected_with(endpoint.gid):
+            self._gid_changed()
 
     def discard(self, endpoint: Endpoint) -> None:
         """Forget it and end it."""
@@ -225,6 +230,16 @@ class Pool:
 def _used(endpoint: Endpoint) -> bool:
     used, endpoint.used = endpoint.used, False
     return used
+
+
+def _other_gid(endpoint: Endpoint, error: BaseException, gids: list[Gid]) -> bool:
+    """Whether connecting may have failed for our GID, here or at the peer, and one is left in `gids`, those to try:
+    it is first then."""
+    here = isinstance(error, DeviceError) and error.code == errno.EINVAL
+    if not here and not isinstance(error, Refused):
+        return False
+    gids[:] = [gid for gid in gids if gid != endpoint.gid]
+    return bool(gids)
 
 
 def _published_gid(descriptor: SegmentDescriptor, device: str) -> bytes:
