@@ -34,7 +34,6 @@ HANDSHAKE_TIMEOUT = 10.0  # seconds
 FLUSH_TIMEOUT = 2.0  # seconds for a device to give back what was under way, after which the queue pairs are destroyed
 WINDOW = 1 << 20  # bytes under way a rail where there are several
 SEIZE_TIMEOUT = 5_000_000_000  # ns
-EPOLL_EVENT = 12  # bytes of struct epoll_event on x86-64; 16 elsewhere
 SPIN_FACTOR = 4  # of what other lanes poll: the peer needs no core of ours to answer
 UNDRAINED = 1024  # events left in the channels, at about 100 bytes in the kernel
 
