@@ -23,6 +23,7 @@ from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
 from mooncake_hpc.errors import AddressRejected, PeerLost, TransferCancelled, TransferError
 from mooncake_hpc.settings import RdmaSettings, Settings
 from mooncake_hpc.testing.peer import pattern
+from mooncake_hpc.transports.rdma.handshake import Hello
 
 SIZE = 3 << 20
 numbers = itertools.count()
@@ -247,12 +248,48 @@ def test_the_only_device_is_down(fabric: Fabric) -> None:
 
 
 def test_a_gid_that_does_not_connect_is_replaced_and_published(fabric: Fabric) -> None:
-    fabric.bad_gid_indices.add(1)
+    fabric.bad_gid_indices.update(a={1}, b={1})
     with pair("a", "b") as link:
         link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
         assert {made.gid_index for made in fabric.links} == {2}
         published = link.there.open_segment("here:1").descriptor.devices[0].gid
         assert published.startswith("02:02")
+
+
+def test_a_gid_that_the_peer_cannot_reach_is_replaced(fabric: Fabric) -> None:
+    """As where all the peer's addresses are of another family than our best."""
+    fabric.unreachable.add(bytes([1]) * 15 + b"\x01")
+    fabric.gid_indices["b"] = (5, 6)
+    with pair("a", "b") as link:
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        assert {made.gid_index for made in fabric.links} == {2, 5}
+        assert link.there.open_segment("here:1").descriptor.devices[0].gid.startswith("02:02")
+
+
+def test_a_peer_that_no_gid_reaches_takes_none_from_others(fabric: Fabric) -> None:
+    """Whoever asks with such a GID is refused, after all of ours were tried, and the best one stays ours."""
+    with pair("a", "b") as link:
+        gone = bytes([7]) * 16
+        fabric.unreachable.add(gone)
+        lane: Any = link.there.open_segment("here:1").routes[0].lanes[0]
+        for number in range(2):
+            reply = lane._pool.answer(Hello(f"stranger:{number}@a", "there:1@b", (1,), gid=gone).to_json())
+            assert "no route" in reply["reply_msg"] and "index 3" in reply["reply_msg"], reply
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        assert {made.gid_index for made in fabric.links} == {1}
+        assert link.there.open_segment("there:1").descriptor.devices[0].gid.startswith("01:01")
+
+
+def test_an_address_that_changes_is_published_and_used(fabric: Fabric) -> None:
+    with pair("a", "b") as link:
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        fabric.change_gids("a", 5, 3)
+        deadline = time.monotonic() + 10
+        while not link.there.open_segment("here:1").refresh().devices[0].gid.startswith("05:05"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        link.here.write(link.ours, link.here.open_segment("here:1"), link.ours.ctypes.data)
+        assert {made.gid_index for made in fabric.links} == {1, 5}
 
 
 @pytest.mark.parametrize("devices", [("a", "b"), ("a,b", "c,d")])
@@ -316,22 +353,28 @@ def resident(address: int, length: int) -> bool:
     return bool((pages & 1).all())
 
 
-def test_large_memory_is_there_and_registered_on_all_devices_at_once(fabric: Fabric) -> None:
+@pytest.mark.parametrize("kernel", ["new", "old"])
+def test_large_memory_is_there_and_registered_on_all_devices_at_once(
+    fabric: Fabric, monkeypatch: pytest.MonkeyPatch, kernel: str
+) -> None:
     """A device's registration would fault pages in by one core, and one after the other would each take as long."""
-    from mooncake_hpc.transports.rdma.regions import LARGE
+    from mooncake_hpc.transports.rdma import regions
 
+    large = regions.LARGE
+    if kernel == "old":
+        monkeypatch.setattr(regions, "MADV_POPULATE_WRITE", 12345)
     together, seen = threading.Barrier(4), []
-    with engine("memory://large", "large:1", "a,b,c,d") as one, mmap.mmap(-1, LARGE) as untouched:
+    with engine("memory://large", "large:1", "a,b,c,d") as one, mmap.mmap(-1, large) as untouched:
         memory = np.frombuffer(untouched, np.uint8)
 
         def registering(device: str, address: int, length: int) -> None:
             together.wait(10)
             seen.append((device, length, resident(address, length)))
 
-        assert not resident(int(memory.ctypes.data), LARGE)
+        assert not resident(int(memory.ctypes.data), large)
         fabric.registering = registering
         one.register(memory)
-        assert sorted(seen) == [(device, LARGE, True) for device in "abcd"]
+        assert sorted(seen) == [(device, large, True) for device in "abcd"]
         one.unregister(memory)
         del memory
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import logging
+import mmap
 import os
 import resource
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +27,7 @@ from mooncake_hpc.transports.rdma.nic import Nic
 log = logging.getLogger(__name__)
 
 CAP_IPC_LOCK = 14
+MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23  # from Linux 5.14 on
 LARGE = 64 << 20  # bytes from which on several threads fault memory in and register it, one a device
 Row = tuple[int, int, Sequence[int], bool]  # start, end, (bits of near devices, keys by device), read-only
 Key = tuple[int, int, bool, bool]  # address, length, read-only, remote
@@ -115,15 +120,18 @@ class Regions:
         for start in range(address, address + length, self._most):
             piece = Piece(start, min(start + self._most, address + length), [])
             pieces.append(piece)
+        places = [(nic, piece) for piece in pieces for nic in self._nics]
+        calls = [partial(self._region, nic, piece, not readonly, remote) for nic, piece in places]
         if length >= LARGE:
             _fault_in(address, length, not readonly)
-        with ThreadPoolExecutor(max(1, len(self._nics)), "mooncake-register") as threads:
-            places = [(nic, piece) for piece in pieces for nic in self._nics]
-            regions = [threads.submit(self._region, nic, piece, not readonly, remote) for nic, piece in places]
-        failures = [error for region in regions if (error := region.exception()) is not None]
-        for (_, piece), region in zip(places, regions, strict=True):
-            if region.exception() is None:
-                piece.regions.append(region.result())
+            with ThreadPoolExecutor(len(self._nics), "mooncake-register") as threads:
+                outcomes = list(threads.map(_outcome, calls))
+        else:  # threads would take longer to start
+            outcomes = [_outcome(call) for call in calls]
+        failures = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+        for (_, piece), outcome in zip(places, outcomes, strict=True):
+            if not isinstance(outcome, Exception):
+                piece.regions.append(outcome)
         if failures:
             raise RegistrationError(f"{failures[0]}{_memlock_hint()}") from failures[0]
 
@@ -149,13 +157,31 @@ def remote_rows(descriptor: SegmentDescriptor) -> Iterable[Row]:
         yield buffer.address, buffer.address + buffer.length, (bits, *buffer.rkeys), buffer.readonly
 
 
+def _outcome(call: Callable[[], Any]) -> Any:
+    """What it returns or raises."""
+    try:
+        return call()
+    except Exception as error:
+        return error
+
+
 def _fault_in(address: int, length: int, writable: bool) -> None:
-    """Have all pages there, by all our cores: a device's registration would do it by one."""
+    """Have all pages there, by all our cores: a device's registration would do it by one, and that takes far longer
+    than the rest of it."""
     cores = len(os.sched_getaffinity(0))
-    share = -(-length // cores)
+    start, end = address & -mmap.PAGESIZE, -(-(address + length) // mmap.PAGESIZE) * mmap.PAGESIZE
+    share = -(-(end - start) // cores // mmap.PAGESIZE) * mmap.PAGESIZE
     with ThreadPoolExecutor(cores, "mooncake-touch") as threads:
-        for start in range(0, length, share):
-            threads.submit(prepare.touch_range, address + start, min(share, length - start), int(writable))
+        for part in range(start, end, share):
+            threads.submit(_populate, part, min(share, end - part), writable)
+
+
+def _populate(start: int, length: int, writable: bool) -> None:
+    """Whole pages. What cannot be there is left to the registration, which says why."""
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    advice = MADV_POPULATE_WRITE if writable else MADV_POPULATE_READ
+    if madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice) != 0 and ctypes.get_errno() == errno.EINVAL:
+        prepare.touch_range(start, length, int(writable))  # by a kernel that does not know it
 
 
 def _key(registration: Registration) -> Key:
@@ -174,9 +200,10 @@ def _release(pieces: Iterable[Piece]) -> None:
 def _check_locked_memory(more: int) -> None:
     """Raise RegistrationError when so much more memory may not be locked; the kernel would only say ENOMEM."""
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if more == 0 or limit == resource.RLIM_INFINITY:
+        return
     fields = _status()
-    privileged = int(fields.get("CapEff", "0"), 16) >> CAP_IPC_LOCK & 1
-    if more == 0 or limit == resource.RLIM_INFINITY or privileged:
+    if int(fields.get("CapEff", "0"), 16) >> CAP_IPC_LOCK & 1:
         return
     locked = int(fields.get("VmPin", "0 kB").split()[0]) * 1024
     if locked + more > limit:
