@@ -37,18 +37,20 @@ make_venv() {
     "$python" -m venv "$1" || die "cannot make the virtual environment $1"
 }
 
-# pip_install PYTHON ARGUMENT…: tried three times, as networks fail; quiet unless the last try fails.
-pip_install() {
+# pip_run PYTHON COMMAND ARGUMENT…: tried three times, as networks fail; quiet unless the last try fails.
+pip_run() {
     local python=$1 try
     shift
     for try in 1 2 3; do
         PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
-            "$python" -m pip install -q "$@" >"$STATE/pip.log" 2>&1 && return
+            "$python" -m pip "$@" -q >"$STATE/pip.log" 2>&1 && return
         sleep $((try * 2))
     done
     tail -20 "$STATE/pip.log" >&2
-    die "pip install $* failed three times; the whole log is in $STATE/pip.log"
+    die "pip $* failed three times; the whole log is in $STATE/pip.log"
 }
+
+pip_install() { pip_run "$1" install "${@:2}"; }
 
 set_up_venv() {
     local stamp want

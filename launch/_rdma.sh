@@ -9,6 +9,7 @@ source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/_env.sh"
 source "$ROOT/launch/_peers.sh"
 
 NICS=4
+OTHER_PYVERBS=59.0  # tested too, with the libibverbs of its release
 ORIGINALS="0.3.13.post1 0.3.12.post1 0.3.10.post2"
 
 devices() { ls /sys/class/infiniband 2>/dev/null | tr '\n' ' '; }
@@ -32,7 +33,11 @@ warm_for_guest() {
 set_up() {
     "$ROOT/launch/setup-rdma" >/dev/null || exit 125
     set_up_peers $ORIGINALS
-    [ "$WAY" = native ] || "$ROOT/launch/slurm-sandbox" install || exit 125
+    if [ "$WAY" != native ]; then
+        "$ROOT/launch/slurm-sandbox" install || exit 125
+        MOONCAKE_TEST_PYVERBS=$("$ROOT/launch/setup-rdma" --beside "$OTHER_PYVERBS") || exit 125
+        export MOONCAKE_TEST_PYVERBS
+    fi
     if [ "$WAY" = guest ]; then
         "$ROOT/launch/soft-roce-vm" --setup || exit 125
         warm_for_guest
