@@ -123,8 +123,8 @@ class Regions:
         places = [(nic, piece) for piece in pieces for nic in self._nics]
         calls = [partial(self._region, nic, piece, not readonly, remote) for nic, piece in places]
         if length >= LARGE:
-            _fault_in(address, length, not readonly)
-            with ThreadPoolExecutor(len(self._nics), "mooncake-register") as threads:
+            with ThreadPoolExecutor(max(_cores(), len(self._nics)), "mooncake-register") as threads:
+                _fault_in(threads, address, length, not readonly)
                 outcomes = list(threads.map(_outcome, calls))
         else:  # threads would take longer to start
             outcomes = [_outcome(call) for call in calls]
@@ -165,15 +165,17 @@ def _outcome(call: Callable[[], Any]) -> Any:
         return error
 
 
-def _fault_in(address: int, length: int, writable: bool) -> None:
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _fault_in(threads: ThreadPoolExecutor, address: int, length: int, writable: bool) -> None:
     """Have all pages there, by all our cores: a device's registration would do it by one, and that takes far longer
     than the rest of it."""
-    cores = len(os.sched_getaffinity(0))
     start, end = address & -mmap.PAGESIZE, -(-(address + length) // mmap.PAGESIZE) * mmap.PAGESIZE
-    share = -(-(end - start) // cores // mmap.PAGESIZE) * mmap.PAGESIZE
-    with ThreadPoolExecutor(cores, "mooncake-touch") as threads:
-        for part in range(start, end, share):
-            threads.submit(_populate, part, min(share, end - part), writable)
+    share = -(-(end - start) // _cores() // mmap.PAGESIZE) * mmap.PAGESIZE
+    parts = range(start, end, share)
+    list(threads.map(lambda part: _populate(part, min(share, end - part), writable), parts))
 
 
 def _populate(start: int, length: int, writable: bool) -> None:
