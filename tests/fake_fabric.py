@@ -78,6 +78,7 @@ class Fabric:
     gid_indices: dict[str, tuple[int, ...]] = field(default_factory=dict)  # by device; most have 1, 2, 3
     bad_gid_indices: dict[str, set[int]] = field(default_factory=dict)  # by device
     unreachable: set[bytes] = field(default_factory=set)  # GIDs that nothing connects to
+    lengths: list[int] = field(default_factory=list)  # of all that was carried
     carried: collections.Counter[str] = field(default_factory=collections.Counter)  # bytes by sending device
     devices: list[Device] = field(default_factory=list)
     pairs: dict[int, QueuePair] = field(default_factory=dict)
@@ -123,6 +124,7 @@ class Region:
     end: int
     writable: bool
     remote: bool
+    relaxed: bool
     lkey: int = 0
 
     @property
@@ -149,7 +151,7 @@ class Device:
 
     def register(self, address: int, length: int, writable: bool, remote: bool, relaxed: bool) -> Region:
         fabric.registering(self.name, address, length)
-        region = Region(self.name, address, address + length, writable, remote, next(fabric.numbers))
+        region = Region(self.name, address, address + length, writable, remote, relaxed, next(fabric.numbers))
         fabric.regions[region.lkey] = region
         return region
 
@@ -278,6 +280,7 @@ class QueuePair:
         source, target = (work.local, work.remote) if writing else (work.remote, work.local)
         ctypes.memmove(target, source, work.length)
         fabric.carried[self.device] += work.length
+        fabric.lengths.append(work.length)
         return layout.SUCCESS
 
     @staticmethod

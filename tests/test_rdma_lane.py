@@ -20,7 +20,7 @@ import pytest
 from fake_fabric import Fabric
 
 from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
-from mooncake_hpc.errors import AddressRejected, PeerLost, TransferCancelled, TransferError
+from mooncake_hpc.errors import AddressRejected, PeerLost, TransferCancelled, TransferError, TransferTimeout
 from mooncake_hpc.settings import RdmaSettings, Settings
 from mooncake_hpc.testing.peer import pattern
 from mooncake_hpc.transports.rdma.handshake import Hello
@@ -142,6 +142,41 @@ def test_few_work_requests_make_back_pressure(fabric: Fabric, depth: int) -> Non
         link.ours[:] = pattern(5, SIZE)
         link.submit(*[link.request(WRITE, 500 * i, 500 * i, 500) for i in range(SIZE // 500)]).wait(30)
         assert (link.theirs[: SIZE // 500 * 500] == link.ours[: SIZE // 500 * 500]).all()
+
+
+@pytest.mark.parametrize(("nbytes", "lengths"), [(20_000, [8192, 11808]), (20_481, [8192, 8192, 4097])])
+def test_slices(fabric: Fabric, nbytes: int, lengths: list[int]) -> None:
+    """A tail of at most a half, here, of a slice goes with the slice before it."""
+    with pair("a", "b", rdma(slice_size=8192, fragment_ratio=2)) as link:
+        link.here.write(link.ours[:nbytes], link.segment, link.theirs.ctypes.data)
+        assert sorted(fabric.lengths) == sorted(lengths)
+
+
+def test_what_the_variables_say_reaches_queues_and_regions(fabric: Fabric) -> None:
+    with pair("a", "b", rdma(max_cqe=20, relaxed_ordering=False), rdma(max_wr=8)) as link:
+        link.ours[:] = pattern(6, SIZE)
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        assert (link.theirs == link.ours).all()
+        assert sorted((queue.depth, fabric_depth(fabric, queue)) for queue in fabric.queues.values()) == [(16, {8})] * 2
+        assert {(region.device, region.relaxed) for region in fabric.regions.values()} == {("a", False), ("b", True)}
+
+
+def fabric_depth(fabric: Fabric, queue: Any) -> set[int]:
+    return {made.depth for made in fabric.pairs.values() if made.queue is queue}
+
+
+def test_a_batch_that_waits_for_the_device_takes_no_processor(fabric: Fabric) -> None:
+    """Who waits polls for a moment and then sleeps until the device tells; so does the lane's thread."""
+    with pair("a", "b") as link:
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        fabric.held = True
+        batch = link.submit(link.request(WRITE, 0, 0, 1 << 20))
+        used = time.process_time()
+        with pytest.raises(TransferTimeout):
+            batch.wait(1.0)
+        assert time.process_time() - used < 0.3
+        fabric.release()
+        batch.wait(10)
 
 
 def test_a_device_that_carries_out_what_is_posted_at_once(fabric: Fabric) -> None:

@@ -153,6 +153,15 @@ def test_subprocesses_while_memory_is_registered() -> None:
             assert link.remote_digest() == digest(link.local)
 
 
+def test_engines_at_rest_take_no_processor() -> None:
+    """Their threads sleep on the device's channels."""
+    with linked("rdma", SIZE) as link:
+        link.run(link.request(WRITE, 0, 0, SIZE))
+        used = time.process_time()
+        time.sleep(2)
+        assert time.process_time() - used < 0.4
+
+
 # --- peers ----------------------------------------------------------------------------------------------------
 
 

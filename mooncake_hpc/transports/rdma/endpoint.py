@@ -29,7 +29,8 @@ class Endpoint:
         """Raises DeviceError."""
         self.nic, self.gid, self.local_path, self.peer_path = nic, gid, local_path, peer_path
         self._settings = settings
-        share = nic.device.max_completions // settings.queue_pairs  # each work request may complete with an error
+        entries = min(nic.device.max_completions, settings.max_cqe)
+        share = entries // settings.queue_pairs  # each work request may complete with an error
         self.depth = 1 << (min(settings.max_wr, nic.device.max_depth, max(1, share)).bit_length() - 1)
         self.queue = nic.device.queue(settings.queue_pairs * self.depth)
         self._pairs = []
