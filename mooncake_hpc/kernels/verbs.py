@@ -1,6 +1,6 @@
 """The verbs calls of a data path: layouts of <infiniband/verbs.h>, and calls through function addresses.
 
-The layouts are libibverbs' public ABI on 64-bit Linux, the same in rdma-core 44 to 64. `post_send`, `poll_cq` and
+The layouts are libibverbs' public ABI on 64-bit Linux, the same in rdma-core 44 to 65. `post_send`, `poll_cq` and
 `req_notify_cq` are inline functions in C: they call what the device's provider put into the context's table.
 """
 

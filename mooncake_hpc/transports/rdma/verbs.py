@@ -1,4 +1,4 @@
-"""The one module that imports pyverbs (of rdma-core 44 to 64): devices, memory regions, queue pairs, their pointers.
+"""The one module that imports pyverbs (of rdma-core 44 to 65): devices, memory regions, queue pairs, their pointers.
 
 pyverbs hands out no usable pointers before rdma-core 61. But in every release from 25 on an object's first C field,
 right behind what it inherits from PyverbsCM, is the pointer to its struct. `QueuePair.calls` reads it there and checks
