@@ -241,7 +241,7 @@ def test_wrong_handshakes_are_refused_with_a_reason(bystander: PeerProcess, fiel
     assert bystander.call("notifications") == []  # it lives
 
 
-def test_a_gid_that_nothing_reaches() -> None:
+def test_a_gid_that_nothing_reaches(rxe: list[str]) -> None:
     """The refusal says what was tried, and the peer still connects to others by its best GID."""
     gone = "20:01:0d:b8:00:00:00:00:00:00:00:00:00:00:00:01"
     tried = r"rxe0 port 1: queue pair \d+ to 17 at 2001:0db8:.*:0001 with GID index \d+, MTU \d+"

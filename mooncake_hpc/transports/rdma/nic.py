@@ -82,7 +82,8 @@ class Nic:
             if event not in (*verbs.PORT_GONE, verbs.PORT_BACK, verbs.GID_CHANGED):
                 continue
             try:
-                self._look_at_gids()
+                if event not in verbs.PORT_GONE:
+                    self._look_at_gids()
                 self.port = self.device.port()
                 self.active = self.port.active and event not in verbs.PORT_GONE
             except DeviceError as error:
