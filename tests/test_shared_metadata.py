@@ -14,7 +14,8 @@ from typing import Any, cast
 import pytest
 from conftest import Start, clean_env
 
-from mooncake_hpc.errors import MetadataError
+from mooncake_hpc.address import P2PHANDSHAKE
+from mooncake_hpc.errors import MetadataError, MetadataUnavailable
 from mooncake_hpc.metadata.shared import job_metadata, login_variables, own_metadata
 from mooncake_hpc.metadata.store import open_store
 from mooncake_hpc.mpi import Host, World
@@ -41,6 +42,9 @@ class Ranks:
         self.told = value
         return value
 
+    def barrier(self, _timeout: float, _what: str) -> None:
+        pass
+
 
 def job_etcd(other: Host, stack: ExitStack) -> tuple[str, Settings]:
     return job_metadata("embedded", SETTINGS, cast("World", Ranks(other)), stack, 10)
@@ -65,10 +69,15 @@ def test_other_hosts_need_the_jobs_password() -> None:
                 store.list("mooncake/")
 
 
-def test_a_named_server_is_left_as_it_is() -> None:
+def test_a_named_server_is_left_as_it_is(etcd: str) -> None:
+    """One that cannot be reached is told before the ranks go on."""
+    quick = replace(SETTINGS, metadata_timeout=0.5)
     with ExitStack() as stack:
         assert own_metadata("a:1", "node:1", SETTINGS, stack) == ("a:1", SETTINGS)
-        assert job_metadata("a:1", SETTINGS, cast("World", Ranks(HERE)), stack, 10) == ("a:1", SETTINGS)
+        for named in (etcd, P2PHANDSHAKE):
+            assert job_metadata(named, SETTINGS, cast("World", Ranks(HERE)), stack, 10) == (named, SETTINGS)
+        with pytest.raises(MetadataUnavailable, match=r"127\.0\.0\.1:1"):
+            job_metadata("127.0.0.1:1", quick, cast("World", Ranks(HERE)), stack, 10)
 
 
 @pytest.mark.slow
