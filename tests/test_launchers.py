@@ -17,7 +17,7 @@ from mooncake_hpc.launchers import binding, hostfile, srun
 from mooncake_hpc.launchers.base import Host, Job
 from mooncake_hpc.launchers.choice import environment, identify
 from mooncake_hpc.launchers.intel import INTEL
-from mooncake_hpc.launchers.mpich import MPICH
+from mooncake_hpc.launchers.mpich import MPICH, NAMING
 from mooncake_hpc.launchers.openmpi import OPENMPI
 
 HERE = Job(2, ["prog", "--x"])
@@ -25,9 +25,10 @@ THERE = Job(3, ["prog"], (Host("h0", 2), Host("h1", 2), Host("h2")), {"A": "b c"
 
 
 def test_mpich() -> None:
-    assert shlex.join(MPICH.command(HERE, "mpirun")) == "mpirun -n 2 prog --x"
+    shell = f"sh -c {shlex.quote(NAMING)} rank"
+    assert shlex.join(MPICH.command(HERE, "mpirun")) == f"mpirun -n 2 {shell} prog --x"
     assert shlex.join(MPICH.command(THERE, "mpirun")) == (
-        "mpirun -n 3 -launcher ssh -hosts h0:2,h1:1 -launcher-exec /bin/shell -genv A 'b c' -bind-to none prog"
+        f"mpirun -n 3 -launcher ssh -hosts h0:2,h1:1 -launcher-exec /bin/shell -genv A 'b c' -bind-to none {shell} prog"
     )
 
 

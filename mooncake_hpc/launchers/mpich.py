@@ -6,6 +6,14 @@ import re
 
 from mooncake_hpc.launchers.base import Job, Launcher
 
+# Hydra tells the host and the process of a rank that was killed, not the rank: its shell does, and ends alike.
+# Only of signals that a program does not turn into an exit status of its own: ILL, ABRT, BUS, FPE, KILL, SEGV.
+NAMING = (
+    '"$@"; code=$?; case $((code - 128)) in 4|6|7|8|9|11)'
+    ' echo "rank $PMI_RANK on $(uname -n): ended by signal $((code - 128))" >&2; kill -$((code - 128)) $$ ;;'
+    " esac; exit $code"
+)
+
 
 def command(job: Job, mpirun: str) -> list[str]:
     """Hydra hands its own environment to all ranks. A rank without a host file stays here, also inside Slurm."""
@@ -18,7 +26,7 @@ def command(job: Job, mpirun: str) -> list[str]:
         words += ["-genv", name, value]
     if job.binds_itself:
         words += ["-bind-to", "none"]
-    return [*words, *job.program]
+    return [*words, "sh", "-c", NAMING, "rank", *job.program]
 
 
 def slurm_settings(version: str) -> dict[str, str]:
