@@ -64,7 +64,7 @@ class Submitter:
             if number > 0:
                 return self._batch(arena, number, held)
         except BaseException:  # Ctrl-C, and nobody has the batch
-            self._cancel(arena)
+            self._cancel(arena, held)
             raise
         return self._submit_slowly(arena, self._patience if timeout is None else timeout, held)
 
@@ -78,7 +78,7 @@ class Submitter:
                 lane = self._lanes[number & TARGET_MASK]
                 lane.drive(arena.address, begin + (NATIVE_CALL if limit > NATIVE_CALL else limit))
         except BaseException:
-            self._cancel(arena)
+            self._cancel(arena, held)
             raise
         words = arena.words
         if number > 0 and words[WORD] & 1 and not words[ERROR] and lane.has_left(number >> slicer.TARGET_BITS):
@@ -117,13 +117,13 @@ class Submitter:
         batch.start(slicing.parts, time.monotonic() + limit)
         return batch
 
-    def _cancel(self, arena: Arena) -> None:
+    def _cancel(self, arena: Arena, held: object) -> None:
         """Cancel what `slicer.submit` may have queued. The arena is not used again: others may have seen it."""
         words, target = arena.words, int(arena.requests["target_id"][0])
         queued = words[layout.REMAINING // 8] != 0 or words[WORD] & 1
         if not queued or not 0 <= target < len(self._lanes):
             return
         lane = self._lanes[target]
-        batch = Batch(arena, ArenaPool(), [lane], self._held)
+        batch = Batch(arena, ArenaPool(), [lane], held)
         lane.keep(lane.queued, batch)
         batch.cancel()
