@@ -64,5 +64,5 @@ case $WAY in
         "${pytest[@]}" ;;
     guest)
         say "RDMA tests: soft-RoCE in a guest, since this kernel ($(uname -r)) has neither devices nor rdma_rxe"
-        exec "$ROOT/launch/soft-roce-vm" --nics "$NICS" --memory 7G --timeout 1200 --share "$folder" -- "${pytest[@]}" ;;
+        exec "$ROOT/launch/soft-roce-vm" --nics "$NICS" --memory 7G --timeout 2400 --share "$folder" -- "${pytest[@]}" ;;
 esac
