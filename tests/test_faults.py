@@ -229,6 +229,7 @@ def test_more_silent_clients_than_connections_allowed(node: Link) -> None:
         still_works(node, 36)
 
 
+@pytest.mark.slow
 def test_clients_of_the_hand_over_socket_that_stop_half_way_hold_up_nobody() -> None:
     """Of shared memory: silent, half a length, half a request, garbage, too much, and one that reads no answer."""
     with linked("shm", 1 << 20) as link, contextlib.ExitStack() as stack:

@@ -319,6 +319,7 @@ def test_a_key_that_somebody_deletes_comes_back(etcd: EmbeddedEtcd, reader: Meta
         assert eventually(lambda: reader.get("k") == "v", 10)
 
 
+@pytest.mark.slow
 def test_a_withdrawal_that_failed_is_made_up_for(etcd: EmbeddedEtcd, reader: MetadataStore) -> None:
     forwarder = Forwarder(etcd.endpoint)
     with open_store(forwarder.endpoint, dataclasses.replace(SETTINGS, metadata_timeout=0.5)) as store:

@@ -165,6 +165,7 @@ def fabric_depth(fabric: Fabric, queue: Any) -> set[int]:
     return {made.depth for made in fabric.pairs.values() if made.queue is queue}
 
 
+@pytest.mark.slow
 def test_a_batch_that_waits_for_the_device_takes_no_processor(fabric: Fabric) -> None:
     """Who waits polls for a moment and then sleeps until the device tells; so does the lane's thread."""
     with pair("a", "b") as link:

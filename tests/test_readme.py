@@ -17,6 +17,7 @@ PRINTED = {"p2p": "equal: True\n", "engine": "equal: True over shm+tcp\n"}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.slow
 def test_the_examples_run(name: str) -> None:
     result = subprocess.run(
         [sys.executable, "-c", EXAMPLES[name]],

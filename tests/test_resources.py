@@ -69,6 +69,7 @@ assert not {"etcd3", "mpi4py", "pyverbs"} & set(sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_a_host_program_is_as_it_was_after_engines_have_run_in_it() -> None:
     assert python("-c", HOST) == ""
 
@@ -81,6 +82,7 @@ print(sum(spin.budget.stats.cache_hits.values()))
 """
 
 
+@pytest.mark.slow
 def test_a_kernel_is_compiled_anew_when_what_it_calls_has_changed(tmp_path: Path) -> None:
     """As after `git pull` in an editable installation: else new words would be read by old machine code."""
     copy = tmp_path / "mooncake_hpc"

@@ -377,6 +377,7 @@ def test_under_mpirun(tmp_path: Path, library: str, request: pytest.FixtureReque
     assert done.stdout.count("main") == 2 and done.stdout.count("size 2") == 2
 
 
+@pytest.mark.slow
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     """Also while a fork of the parent lives on and holds the channels open."""
     last = "child = os.fork()\nos.write(1, b'child %d\\n' % child)\ntime.sleep(60)"

@@ -45,6 +45,7 @@ class TransportConformance(BatchConformance):
         link.engine.write(link.local[3 : 3 + nbytes], link.segment, link.remote + 7)
         assert link.remote_digest(0, around) == digest(expected)
 
+    @pytest.mark.slow
     def test_batch_of_mixed_sizes_both_ways(self, link: Link) -> None:
         """Reads into the upper half while writes go to the peer's, unaligned and in random order."""
         half = self.arena // 2
@@ -239,6 +240,7 @@ class TransportConformance(BatchConformance):
             assert link.remote_digest(0, 1 << 20) == digest(link.local[: 1 << 20])
             assert second.call("digest", remote) == digest(link.local[1 << 20 : 2 << 20])
 
+    @pytest.mark.slow
     def test_killed_peer(self) -> None:
         """Whoever transfers hears of it soon, other peers' transfers go on."""
         with self.fresh(8 << 20) as link, self.another() as other:
