@@ -131,7 +131,8 @@ def _arm(rail, qp, position, number, piece, local, remote):
 
 @kernel
 def _fill(lane, rail, qp, number, first_local, first_remote):
-    """Arm a chain of work requests with slices of the same memory; their number."""
+    """Arm a chain of work requests with slices of the same memory; their number, 0 when what `post` saw has meanwhile
+    been cancelled."""
     posted, depth = get(qp + QP_POSTED), get(qp + QP_DEPTH)
     room = min(depth - (posted - get(qp + QP_RETIRED)), CHAIN)
     count = total = 0
@@ -156,7 +157,7 @@ def _fill(lane, rail, qp, number, first_local, first_remote):
 
 @kernel
 def _post_chain(lane, rail, qp, count):
-    """Post the armed work requests; whether the device took them."""
+    """Post the armed work requests, one at least (of none the whole ring would go); whether the device took them."""
     posted, mask, wrs = get(qp + QP_POSTED), get(qp + QP_DEPTH) - 1, get(qp + QP_WRS)
     last = wrs + WR * ((posted + count - 1) & mask)
     following = get(last + WR_NEXT)
@@ -223,6 +224,6 @@ def post(lane):
         size -= get(rail + RAIL_BYTES)
         count = _fill(lane, rail, qp, number, local, remote)
         size += get(rail + RAIL_BYTES)
-        if _post_chain(lane, rail, qp, count):
+        if count > 0 and _post_chain(lane, rail, qp, count):
             total += count
     return total
