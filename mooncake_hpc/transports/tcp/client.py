@@ -21,6 +21,7 @@ from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.transports.base import WHOLE, Peer, Route, Tables
 from mooncake_hpc.transports.lane import Lane
+from mooncake_hpc.transports.tcp.options import set_options
 
 ATTEMPTS = 3  # connections in a row without one more completed slice before the queue fails
 BACKOFF = 0.05  # seconds before the second attempt, doubled for each further one
@@ -218,8 +219,7 @@ def _connect(host: str, port: int, settings: Settings) -> socket.socket:
     except OSError as error:
         text = f"cannot connect to data port {join(host, port)}: {error.strerror or error}"
         raise OSError(error.errno, text) from error
-    connection.setblocking(False)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    set_options(connection)
     return connection
 
 

@@ -17,6 +17,7 @@ from mooncake_hpc.kernels.sockets import LIST
 from mooncake_hpc.kernels.tcp_lists import OK
 from mooncake_hpc.transports.base import Registration, Tables
 from mooncake_hpc.transports.lane import spin_time
+from mooncake_hpc.transports.tcp.options import set_options
 
 log = logging.getLogger(__name__)
 
@@ -181,8 +182,7 @@ class TcpServer:
                 client.close()
 
     def _admit(self, client: socket.socket) -> None:
-        client.setblocking(False)
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        set_options(client)
         connection = Connection(client, int(self._exports.ctypes.data), self._patience)
         thread = threading.Thread(target=self._run, args=(connection,), name="mooncake-tcp", daemon=True)
         connection.thread = thread
