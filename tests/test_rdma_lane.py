@@ -515,6 +515,24 @@ def test_more_peers_than_endpoints(fabric: Fabric) -> None:
 
 
 @pytest.mark.slow
+def test_a_broken_connection_that_no_lane_uses_is_released(fabric: Fabric) -> None:
+    """The accepting side of one, whose queue pairs nobody else looks at."""
+    with pair("a", "b") as link:
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        accepted = [queue_pair for queue_pair in fabric.pairs.values() if queue_pair.device == "b"]
+        transport: Any = link.there._transports[0]
+        (endpoint,) = transport.pool._known[0]
+        endpoint.to_error()
+        deadline = time.monotonic() + 10
+        while any(queue_pair in fabric.pairs.values() for queue_pair in accepted):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        link.ours[:] = pattern(3, SIZE)
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        assert (link.theirs == link.ours).all()
+
+
+@pytest.mark.slow
 def test_cancel_under_way(fabric: Fabric) -> None:
     """Nothing is touched afterwards, and the others' slices go on over new queue pairs."""
     with pair("a", "b") as link:
