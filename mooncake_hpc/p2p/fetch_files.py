@@ -60,13 +60,7 @@ def fetch_path(
             on_shard=lambda _manifest, shard: target.write(shard),
         )
         if replica.manifest.algorithm == UNVERIFIED:  # the original's: all of it is here, nothing written yet
-            try:
-                target.open(replica.manifest, replica.arrays, stop)
-            except BaseException:
-                store.delete_replica(name)
-                raise
-            for shard in range(replica.manifest.shards):
-                target.write(shard)
+            _write_all(store, name, replica, target, stop)
     except BaseException:
         target.abandon()
         raise
@@ -76,6 +70,16 @@ def fetch_path(
         store.delete_replica(name)
         raise
     return replica
+
+
+def _write_all(store: P2PStore, name: str, replica: Replica, target: _Target, stop: threading.Event) -> None:
+    try:
+        target.open(replica.manifest, replica.arrays, stop)
+    except BaseException:
+        store.delete_replica(name)
+        raise
+    for shard in range(replica.manifest.shards):
+        target.write(shard)
 
 
 @dataclass(slots=True)

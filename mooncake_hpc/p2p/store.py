@@ -89,19 +89,12 @@ class P2PStore:
         check_name(name)
         buffers, found_kind, found_parts = take_apart(data)
         arrays = [as_bytes(buffer) for buffer in buffers]
-        sizes = tuple(array.nbytes for array in arrays)
-        if not isinstance(shard_size, int | np.integer) or shard_size < 0:
-            raise ConfigError(f"shard_size {shard_size!r} is no number of bytes")
-        shard = int(shard_size) or choose_shard_size(sum(sizes))
-        digests = digest_all(Memory(arrays), shard, algorithm)
-        manifest = Manifest(
-            name, new_version(), sizes, shard, algorithm, digests, kind or found_kind, tuple(parts) or found_parts
-        )
+        manifest = _describe(name, arrays, shard_size, algorithm, kind or found_kind, tuple(parts) or found_parts)
         before = self._holdings.get(name)
         if before is not None and before.busy:
             raise P2PError(f"object {name!r} is being pulled into this store")
         held = Held(manifest, arrays, [], True, np.ones(manifest.shards, bool))
-        self._holdings.register_memory(held, [buffer for buffer, size in zip(buffers, sizes, strict=True) if size])
+        self._holdings.register_memory(held, [b for b, size in zip(buffers, manifest.sizes, strict=True) if size])
         try:
             manifest = self._publish(manifest, before is not None, force)
             held.manifest = manifest
@@ -218,3 +211,15 @@ class P2PStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _describe(
+    name: str, arrays: Sequence[Bytes], shard_size: int, algorithm: str, kind: str, parts: tuple[Part, ...]
+) -> Manifest:
+    """A new version of an object that consists of these bytes."""
+    if not isinstance(shard_size, int | np.integer) or shard_size < 0:
+        raise ConfigError(f"shard_size {shard_size!r} is no number of bytes")
+    sizes = tuple(array.nbytes for array in arrays)
+    shard = int(shard_size) or choose_shard_size(sum(sizes))
+    digests = digest_all(Memory(arrays), shard, algorithm)
+    return Manifest(name, new_version(), sizes, shard, algorithm, digests, kind, parts)
