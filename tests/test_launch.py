@@ -123,6 +123,13 @@ with world.guarded():
 
 
 @pytest.mark.slow
+def test_an_exit_code_under_mpich_is_told_with_its_rank() -> None:
+    script = "import mpi4py.MPI, os; mpi4py.MPI.COMM_WORLD.rank or os._exit(7); mpi4py.MPI.COMM_WORLD.Barrier()"
+    result = run(sys.executable, "-m", "mooncake_hpc", "launch", "--ranks=2", "--", sys.executable, "-c", script)
+    assert result.returncode != 0 and re.search(r"^rank 0 on \S+: ended with exit code 7$", result.stderr, re.M), result
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("library", "number", "cause"),
     [
@@ -192,12 +199,22 @@ def start_long_job(start: Start) -> tuple[subprocess.Popen[str], str]:
     return process, mark
 
 
+def hydra_files(mpirun: int) -> list[str]:
+    """Files that MPICH's mpirun would leave in /tmp where it is interrupted: its proxies have them open."""
+    children = Path(f"/proc/{mpirun}/task/{mpirun}/children").read_text().split()
+    proxies = [pid for pid in children if Path(f"/proc/{pid}/comm").read_text() == "hydra_pmi_proxy\n"]
+    assert proxies, children
+    links = [os.readlink(link) for pid in proxies for link in Path(f"/proc/{pid}/fd").iterdir()]
+    return [link for link in links if link.startswith("/tmp/")]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_to_launch_bench_ends_everything(start: Start, number: signal.Signals) -> None:
     before = set(processes("--listen-client-urls"))
     process, mark = start_long_job(start)
     assert processes(mark)
+    assert not hydra_files(process.pid)
     process.send_signal(number)
     process.wait(timeout=20)
     deadline = time.monotonic() + 15

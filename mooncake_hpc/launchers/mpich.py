@@ -6,11 +6,18 @@ import re
 
 from mooncake_hpc.launchers.base import Job, Launcher
 
-# Hydra tells the host and the process of a rank that was killed, not the rank: its shell does, and ends alike.
-# Only of signals that a program does not turn into an exit status of its own: ILL, ABRT, BUS, FPE, KILL, SEGV.
+# Without a name of a file for it Hydra writes what it knows of a host's cores to one in /tmp, and leaves that behind
+# where ranks abort. Of no file at all MPI looks at the cores itself. Proxies on other hosts hear of it only where the
+# remote shell hands its variables on.
+SETTINGS = {"HWLOC_XMLFILE": ""}
+
+# Hydra tells the host and the process of a rank that was killed, not the rank: its shell does, and ends alike. Of
+# signals that a program does not turn into an exit status of its own (ILL, ABRT, BUS, FPE, KILL, SEGV), and of exit
+# statuses other than those before which a program, or the shell, has said why.
 NAMING = (
-    '"$@"; code=$?; case $((code - 128)) in 4|6|7|8|9|11)'
-    ' echo "rank $PMI_RANK on $(uname -n): ended by signal $((code - 128))" >&2; kill -$((code - 128)) $$ ;;'
+    '"$@"; code=$?; name="rank $PMI_RANK on $(uname -n)"; case $code in 0|1|2|126|127|130|143) ;;'
+    ' 132|134|135|136|137|139) echo "$name: ended by signal $((code - 128))" >&2; kill -$((code - 128)) $$ ;;'
+    ' *) echo "$name: ended with exit code $code" >&2 ;;'
     " esac; exit $code"
 )
 
@@ -39,4 +46,4 @@ def slurm_settings(version: str) -> dict[str, str]:
     return {"MPIR_CVAR_CH4_NETMOD": "ofi", "FI_PROVIDER": "tcp"}
 
 
-MPICH = Launcher("mpich", ("mpich", "hydra", "mvapich"), "pmi2", {}, command, slurm_settings)
+MPICH = Launcher("mpich", ("mpich", "hydra", "mvapich"), "pmi2", SETTINGS, command, slurm_settings)
