@@ -138,12 +138,12 @@ def _check_size(nbytes: int) -> None:
     if nbytes <= 0:
         raise RegistrationError(f"cannot allocate {nbytes} bytes: the size must be above 0")
     # ftruncate reserves nothing: too large a file would succeed here, and whoever touches it be killed
-    have = _system_memory()
+    have = system_memory()
     if nbytes > have:
         raise RegistrationError(f"cannot allocate {nbytes} bytes: memory and swap are {have} bytes")
 
 
-def _system_memory() -> int:
+def system_memory() -> int:
     with open("/proc/meminfo") as file:
         fields = dict(line.split(":", 1) for line in file)
     return sum(int(fields[key].split()[0]) * 1024 for key in ("MemTotal", "SwapTotal"))

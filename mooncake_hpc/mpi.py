@@ -13,19 +13,26 @@ import subprocess
 import sys
 import time
 import traceback
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from mooncake_hpc.address import source_address
-from mooncake_hpc.errors import ConfigError, MooncakeError
+from mooncake_hpc.errors import ConfigError, MetadataUnavailable, MooncakeError, SegmentNotFound
+from mooncake_hpc.hosts import Host
+from mooncake_hpc.verdict import Failure, Verdict
+
+if TYPE_CHECKING:
+    from mooncake_hpc import TransferEngine
 
 T = TypeVar("T")
 FIRST_PORT = 12345  # default segment names under a launcher are <host>:<FIRST_PORT + rank>
 ARRIVAL = 1  # tag of the messages by which ranks arrive at rank 0
 FORWARDING = 0.3  # seconds for a launcher to pass on what a rank said: srun drops what it has not, when it kills a step
 POLL = (0.0002, 0.02)  # seconds between two tests of an MPI request: at first, and at most
+AFTER_RANK_0 = 1.0  # seconds for rank 0 to tell what all ranks met with, before the end of another ends it
+ANSWER = 1.0  # seconds for a rank to answer whether it lives
+ANSWERS = 5.0  # seconds after which no further ranks are asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,61 +71,16 @@ def default_name(launch: Launch | None, host: str | None = None) -> str:
     return f"{host}:{FIRST_PORT + launch.rank}" if launch else host
 
 
-@dataclass(frozen=True, slots=True)
-class Host:
-    """Identity of a machine as far as addresses go: containers of one machine differ in the network namespace."""
-
-    name: str
-    boot_id: str
-    network: str
-    addresses: tuple[str, ...]  # other than loopback
-
-    @classmethod
-    def here(cls) -> Host:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            boot_id = file.read().strip()
-        return cls(socket.gethostname(), boot_id, os.readlink("/proc/self/ns/net"), tuple(_own_addresses()))
-
-    def same(self, other: Host) -> bool:
-        return (self.name, self.boot_id, self.network) == (other.name, other.boot_id, other.network)
-
-
-def _own_addresses() -> Iterator[str]:
-    """IPv4 addresses of our interfaces, and the source address of the IPv6 default route."""
-    import fcntl
-    import struct
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            with contextlib.suppress(OSError):
-                answer = fcntl.ioctl(query, 0x8915, request)  # SIOCGIFADDR, netdevice(7)
-                address = socket.inet_ntoa(answer[20:24])
-                if not address.startswith("127."):
-                    yield address
-    if routed := source_address("2001:db8::1"):  # a documentation prefix: reached by the default route
-        yield routed
-
-
-def shared_address(hosts: list[Host], bind_address: str = "") -> str:
-    """Where rank 0 (this process, `hosts[0]`) listens for all ranks.
-
-    127.0.0.1 when every rank is on this host; else `bind_address` if given, else the source address of our
-    routes to the other hosts: the one that serves most of them.
-    """
-    others = [host for host in hosts[1:] if not host.same(hosts[0])]
-    if not others:
-        return "127.0.0.1"
-    if bind_address:
-        return bind_address
-    votes: Counter[str] = Counter()
-    for host in others:
-        sources = {source_address(address) for address in host.addresses}
-        votes.update(source for source in sources if source in hosts[0].addresses)
-    if not votes:
-        names = ", ".join(sorted({host.name for host in others}))
-        raise ConfigError(f"no address of {hosts[0].name} routes to {names}: set MC_TCP_BIND_ADDRESS to one")
-    return votes.most_common(1)[0][0]
+@contextlib.contextmanager
+def alike(launch: Launch | None) -> Iterator[None]:
+    """Inside, a ConfigError is the same on every rank: rank 0 tells it, and the others end quietly, a little later."""
+    try:
+        yield
+    except ConfigError:
+        if launch is None or launch.rank == 0:
+            raise
+        time.sleep(AFTER_RANK_0)
+        raise SystemExit(2) from None
 
 
 def forget_shared_memory() -> None:
@@ -200,12 +162,15 @@ class World:
         if MPI.Query_thread() < MPI.THREAD_SERIALIZED and not MPI.Is_thread_main():
             raise ConfigError("MPI was initialised for calls by its main thread alone, and this is another thread")
         self.host = Host.here()
-        self._hosts: dict[int, str] = {0: self.host.name}  # on rank 0: of ranks that have arrived once
+        self.hosts: list[Host] = []  # by rank
         self._barriers = 0
+        self._suspects: frozenset[int] = frozenset()  # ranks that did not answer when a transfer failed
         self._abort = comm.Abort
         self._comm, duplicated = comm.Idup()  # completes in the first barrier
         # of the barrier under way; kept when it fails, as MPI still uses their buffers
         self._requests, self._word = [duplicated], bytearray(1)
+        self.hosts = self.allgather(self.host, settle, "all ranks start")
+        forget_shared_memory()
 
     @property
     def _patience(self) -> float:
@@ -219,13 +184,11 @@ class World:
         if self.rank == 0:
             self._collect(deadline, timeout, what)
         else:
-            self._requests.append(self._comm.isend((self._barriers, self.host.name), dest=0, tag=ARRIVAL))
+            self._requests.append(self._comm.isend(self._barriers, dest=0, tag=ARRIVAL))
         # a broadcast's receivers leave when rank 0 has entered it
         self._requests.append(self._comm.Ibcast(self._word, root=0))
         self._wait(lambda: self._mpi.Request.Testall(self._requests), deadline, timeout, what)
         self._requests.clear()
-        if self._barriers == 1:
-            forget_shared_memory()
 
     def _collect(self, deadline: float, timeout: float, what: str) -> None:
         """On rank 0: the arrivals of all others at this barrier."""
@@ -234,9 +197,7 @@ class World:
         def all_are_here() -> bool:
             while missing and self._comm.iprobe(tag=ARRIVAL):
                 status = self._mpi.Status()
-                number, host = self._comm.recv(tag=ARRIVAL, status=status)
-                self._hosts[status.Get_source()] = host
-                if number == self._barriers:
+                if self._comm.recv(tag=ARRIVAL, status=status) == self._barriers:
                     missing.discard(status.Get_source())
             return not missing
 
@@ -248,10 +209,10 @@ class World:
                 f"{self.size - len(missing)} of {self.size} ranks did)"
             ) from None
 
-    def _names(self, ranks: set[int]) -> str:
-        """`rank 3 on h1, rank 4 (never heard of)`, at most eight of them."""
+    def _names(self, ranks: AbstractSet[int]) -> str:
+        """`rank 3 on h1, rank 4 on h2`, at most eight of them."""
         shown = [
-            f"rank {rank} on {self._hosts[rank]}" if rank in self._hosts else f"rank {rank} (never heard of)"
+            f"rank {rank} on {self.hosts[rank].name}" if self.hosts else f"rank {rank} (never heard of)"
             for rank in sorted(ranks)[:8]
         ]
         return ", ".join(shown) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
@@ -277,7 +238,7 @@ class World:
         pause = POLL[0]
         while not done():
             if time.monotonic() > deadline:
-                raise TimeoutError(f"rank {self.rank} waited {timeout:.0f} s for all {self.size} ranks: {what}")
+                raise TimeoutError(f"waited {timeout:.0f} s for all {self.size} ranks: {what}")
             time.sleep(pause)
             pause = min(pause * 1.5, POLL[1])
 
@@ -290,23 +251,60 @@ class World:
         os._exit(code)  # MPICH under srun returns, and leaves it to Slurm to kill us a little later
 
     @contextlib.contextmanager
+    def suspecting(self, engine: TransferEngine, names: Sequence[str]) -> Iterator[None]:
+        """Inside, where a transfer or so fails, the ranks of these segments (by rank) that do not answer are named."""
+        try:
+            yield
+        except MooncakeError:
+            deadline = time.monotonic() + ANSWERS
+            self._suspects = frozenset(
+                rank
+                for rank, name in enumerate(names)
+                if rank != self.rank and time.monotonic() < deadline and not _answers(engine, name)
+            )
+            raise
+
+    @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
-        """Inside, an exception on any rank ends the job with its message and exit code 1, as others may wait.
+        """Inside, an exception on any rank ends the job with its message, as others may wait: exit code 2 for a
+        ConfigError, else 1. Where several ranks fail one of them tells, each cause once.
 
         A rank that is stopped by a signal says nothing: who sends it knows, and it is no cause of the job's end.
         """
         try:
             yield
         except BaseException as error:
-            code = 130 if isinstance(error, KeyboardInterrupt) else 1
-            if isinstance(error, SystemExit):
-                if not error.code:
-                    raise
-                code = error.code if isinstance(error.code, int) else 1
-            if not isinstance(error, MooncakeError | TimeoutError | KeyboardInterrupt | SystemExit):
-                traceback.print_exc()
-            if not isinstance(error, KeyboardInterrupt):
-                told = f"{type(error).__name__}: {error}".removesuffix(": ")
-                print(f"rank {self.rank} on {self.host.name}: {told}", file=sys.stderr)
-            self.abort(code)
+            if isinstance(error, SystemExit) and not error.code:
+                raise
+            with contextlib.suppress(KeyboardInterrupt):
+                self._tell(error)
+            self.abort(_exit_code(error))
             raise
+
+    def _tell(self, error: BaseException) -> None:
+        """Print what this rank is to say of its failure, if anything."""
+        if isinstance(error, KeyboardInterrupt):
+            return
+        cause = f"{type(error).__name__}: {error}".removesuffix(": ")
+        line = f"rank {self.rank} on {self.host.name}: {cause}"
+        if not isinstance(error, MooncakeError | TimeoutError | SystemExit):
+            line = f"{traceback.format_exc()}{line}"
+        failure = Failure(self.rank, line, cause, self._suspects)
+        for each in Verdict(self._comm, failure).to_tell() if self.size > 1 else [failure]:
+            silent = f"; no answer from {self._names(each.suspects)}" if each.suspects else ""
+            print(f"{each.line}{silent}", file=sys.stderr)
+
+
+def _answers(engine: TransferEngine, name: str) -> bool:
+    try:
+        return engine.probe(name, ANSWER)
+    except SegmentNotFound:
+        return False
+    except MetadataUnavailable:
+        return True  # nobody knows
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ConfigError) else 1

@@ -96,6 +96,12 @@ def test_no_etcd_is_told_by_one_rank() -> None:
         ("launch/run --ranks=3 -- bench --metadata_server=embedded", "--pattern=pairs needs an even number of ranks"),
         ("launch/run --ranks=2 bench --protocol=tcp", "unexpected argument 'bench': the command to run comes after --"),
         ("launch/run --ranks=2", "nothing to run"),
+        ("launch/bench --protocol=rdma --device_name=nobody_0", "no RDMA device nobody_0; /sys/class/infiniband has"),
+        (f"launch/bench --buffer_size={1 << 60}", f"buffer_size = {1 << 60} bytes, but this machine has"),
+        (
+            f"launch/run -- p2p --metadata_server=embedded --protocol=tcp --size={1 << 60}",
+            f"a model of {1 << 60} bytes, but this machine has",
+        ),
     ],
 )
 def test_mistakes_are_told_once_and_before_ranks_start(command: str, message: str) -> None:
@@ -104,22 +110,73 @@ def test_mistakes_are_told_once_and_before_ranks_start(command: str, message: st
     assert result.stderr.count(message) == 1 == len(result.stderr.splitlines()), result.stderr
 
 
-@pytest.mark.parametrize("library", ["mpich", pytest.param("openmpi", marks=pytest.mark.slow)])
-def test_an_exception_on_one_rank_ends_the_job_with_its_message(library: str, request: pytest.FixtureRequest) -> None:
+def test_a_mistake_that_all_ranks_make_is_told_by_one(mpirun: str) -> None:
+    """Under an mpirun that no command of ours started, so that nobody has looked before."""
+    bench = [sys.executable, "-m", "mooncake_hpc", "bench", "--metadata_server=embedded", "--protocol=tcp"]
+    result = run(mpirun, "-n", "3", *bench, "--blok_size=1")
+    assert result.returncode == 2 and result.stderr.count("unknown flag --blok_size") == 1, result
+
+
+ON_RANKS = 'rank=${PMI_RANK:-$OMPI_COMM_WORLD_RANK}; case $1 in *$rank*) exec "${@:3}" "$2" ;; *) exec "${@:3}" ;; esac'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["mpich", "openmpi"])
+@pytest.mark.parametrize(
+    ("ranks", "command", "flag", "message"),
+    [
+        ("012", "bench", "--device_name=nobody_0", r"rank 0 on \S+: ConfigError: .*no RDMA device nobody_0; "),
+        ("12", "bench", f"--buffer_size={1 << 60}", r"rank 1 on \S+: ConfigError: .*bytes, but this machine has"),
+        ("2", "p2p", f"--size={1 << 60}", r"rank 2 on \S+: ConfigError: .*bytes, but this machine has"),
+        ("012", "bench", "--json=/nowhere/x", r"rank 0 on \S+: ConfigError: .*/nowhere cannot be written"),
+    ],
+    ids=["device", "memory", "p2p", "folder"],
+)
+def test_what_a_node_does_not_have_is_told_once_and_before_etcd_starts(
+    request: pytest.FixtureRequest, tmp_path: Path, library: str, ranks: str, command: str, flag: str, message: str
+) -> None:
+    """Some ranks get a flag that stands for a node that has no such device, or too little memory."""
     python = sys.executable if library == "mpich" else request.getfixturevalue("openmpi")
-    script = """
-import sys
+    etcd, begun = tmp_path / "etcd", tmp_path / "begun"
+    etcd.write_text(f"#!/bin/sh\ntouch {begun}\n")
+    etcd.chmod(0o755)
+    mark = f"--seed={os.getpid()}{time.monotonic_ns()}"
+    program = [python, "-m", "mooncake_hpc", command, "--metadata_server=embedded", mark]
+    program += ["--pattern=all_to_all"] if command == "bench" else []
+    program += ["--protocol=tcp"] if "device" not in flag else []
+    shared, begin = set(os.listdir("/dev/shm")), time.monotonic()
+    launch = [python, "-m", "mooncake_hpc", "launch", "--ranks=3", "--", "bash", "-c", ON_RANKS, "rank", ranks, flag]
+    result = run(*launch, *program, ETCD_BIN=str(etcd), TMPDIR=str(tmp_path))
+    assert result.returncode == 2 and time.monotonic() - begin < 20, result
+    lines = re.findall("^rank .*", result.stderr, re.MULTILINE)
+    assert len(lines) == 1 and re.match(message, lines[0]), result.stderr
+    assert not begun.exists()
+    await_end(mark)
+    assert not [name for name in set(os.listdir("/dev/shm")) - shared if name.startswith("mooncake")]
+
+
+UNWELL = """
 from mooncake_hpc.mpi import World, detect
 world = World(detect())
 with world.guarded():
     if world.rank == 1:
         raise RuntimeError("rank one is unwell")
+    if world.rank > 1:
+        raise ValueError("others are unwell too")
     world.barrier(60, "the unwell")
 """
+
+
+@pytest.mark.parametrize("library", ["mpich", pytest.param("openmpi", marks=pytest.mark.slow)])
+def test_exceptions_on_ranks_end_the_job_and_each_is_told_once(library: str, request: pytest.FixtureRequest) -> None:
+    python = sys.executable if library == "mpich" else request.getfixturevalue("openmpi")
     begin = time.monotonic()
-    result = run(python, "-m", "mooncake_hpc", "launch", "--ranks=3", "--", python, "-c", script)
-    assert result.returncode != 0 and "rank 1 on" in result.stderr and "rank one is unwell" in result.stderr
-    assert time.monotonic() - begin < 20
+    result = run(python, "-m", "mooncake_hpc", "launch", "--ranks=4", "--", python, "-c", UNWELL)
+    assert result.returncode != 0 and time.monotonic() - begin < 20, result
+    assert re.findall(r"^rank \d", result.stderr, re.MULTILINE) == ["rank 1", "rank 2"], result.stderr
+    assert re.search(r"^rank 1 on \S+: RuntimeError: rank one is unwell$", result.stderr, re.M), result.stderr
+    assert re.search(r"^rank 2 on \S+: ValueError: others are unwell too$", result.stderr, re.M), result.stderr
+    assert result.stderr.count("Traceback") == 2, result.stderr
 
 
 @pytest.mark.slow
@@ -131,35 +188,40 @@ def test_an_exit_code_under_mpich_is_told_with_its_rank() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("library", "number", "cause"),
+    ("library", "number", "victim", "pattern", "cause"),
     [
-        ("mpich", signal.SIGKILL, r"rank 1 on \S+: ended by signal 9"),
-        ("openmpi", signal.SIGKILL, r"process rank 1 with PID \d+ on node .* exited on\s+signal 9"),
-        ("mpich", signal.SIGSTOP, r"rank [02] on .*: MooncakeError: .*TransferTimeout: .* with \S+:12346 is not done"),
-        (
-            "openmpi",
-            signal.SIGSTOP,
-            r"rank [02] on .*: MooncakeError: .*TransferTimeout: .* with \S+:12346 is not done",
+        ("mpich", signal.SIGKILL, 1, "all_to_all", r"rank 1 on \S+: ended by signal 9"),
+        ("openmpi", signal.SIGKILL, 1, "all_to_all", r"process rank 1 with PID \d+ on node .* exited on\s+signal 9"),
+        *(
+            (library, signal.SIGSTOP, victim, pattern, rf"TransferTimeout: .*; no answer from rank {victim} on \S+$")
+            for library in ("mpich", "openmpi")
+            for victim, pattern in ((1, "all_to_all"), (0, "fan_in"))
         ),
     ],
 )
 def test_a_rank_that_dies_or_stops_ends_the_job(
-    start: Start, request: pytest.FixtureRequest, library: str, number: signal.Signals, cause: str
-) -> None:
-    """No sum over the others is printed; those that the launcher ends add no words of their own."""
+    start: Start, request: pytest.FixtureRequest, library: str, number: signal.Signals, victim: int, pattern: str,
+    cause: str,
+) -> None:  # fmt: skip
+    """One line tells it, though all others find out at the same time, and no sum over them is printed."""
     python = sys.executable if library == "mpich" else request.getfixturevalue("openmpi")
     mark = f"--seed={os.getpid()}{time.monotonic_ns()}"
-    flags = ["--metadata_server=embedded", "--protocol=tcp", "--pattern=all_to_all", "--duration=60", "--timeout=3"]
-    job = start(python, "-m", "mooncake_hpc", "launch", "--ranks=3", "--", "bench", *QUICK, *flags, mark)
+    flags = ["--metadata_server=embedded", "--protocol=tcp", f"--pattern={pattern}", "--duration=60", "--timeout=3"]
+    job = start(python, "-m", "mooncake_hpc", "launch", "--ranks=4", "--", "bench", *QUICK, *flags, mark)
     assert job.stdout is not None
     for line in job.stdout:
         if line.startswith("connected"):
             break
-    (one,) = [pid for pid in processes(mark) if rank_of(pid) == "1"]
+    (one,) = [pid for pid in processes(mark) if rank_of(pid) == str(victim)]
     os.kill(one, number)
     output, _ = job.communicate(timeout=30)
-    assert job.returncode != 0 and re.search(cause, output), output
+    assert job.returncode != 0 and re.search(cause, output, re.MULTILINE), output
+    assert len(re.findall(r"^(?:rank \d+ on|\S* ?process rank)", output, re.MULTILINE)) <= 1, output
     assert "sum " not in output and "Test completed" not in output and "Terminated" not in output, output
+    await_end(mark)
+
+
+def await_end(mark: str) -> None:
     deadline = time.monotonic() + 15
     while left := processes(mark):
         assert time.monotonic() < deadline, left

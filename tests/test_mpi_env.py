@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT, clean_env
 
 from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.mpi import Host, Launch, default_name, detect, shared_address
+from mooncake_hpc.hosts import Host, shared_address
+from mooncake_hpc.mpi import Launch, default_name, detect
 
 HERE = Host.here()
 

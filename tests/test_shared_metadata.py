@@ -16,9 +16,10 @@ from conftest import Start, clean_env
 
 from mooncake_hpc.address import P2PHANDSHAKE
 from mooncake_hpc.errors import MetadataError, MetadataUnavailable
+from mooncake_hpc.hosts import Host
 from mooncake_hpc.metadata.shared import job_metadata, login_variables, own_metadata
 from mooncake_hpc.metadata.store import open_store
-from mooncake_hpc.mpi import Host, World
+from mooncake_hpc.mpi import World
 from mooncake_hpc.settings import Settings
 
 HERE = Host.here()
@@ -31,12 +32,12 @@ class Ranks:
     """Rank 0's view of a job of two ranks on these hosts."""
 
     other: Host
-    host: Host = HERE
     rank: int = 0
     told: Any = None
 
-    def allgather(self, _value: Host, _timeout: float, _what: str) -> list[Host]:
-        return [self.host, self.other]
+    @property
+    def hosts(self) -> list[Host]:
+        return [HERE, self.other]
 
     def broadcast(self, value: Any, _timeout: float, _what: str) -> Any:
         self.told = value

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from mooncake_hpc import topology
 from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.settings import Settings
 from mooncake_hpc.topology import NOWHERE, Device
-from mooncake_hpc.transports.choice import Asked, Choice, choose
+from mooncake_hpc.transports.choice import Asked, Choice, choose, choose_here
 
 UP = Device("rxe0", NOWHERE, (1,), Path("/dev/null"))
 ALSO_UP = Device("rxe1", NOWHERE, (1,), Path("/dev/null"))
@@ -78,3 +80,19 @@ def test_auto_takes_the_named_devices_that_are_there() -> None:
     choice = choose(asked("auto", device_name="rxe1,erdma_0,rxe2"), ALL)
     assert choice.device_name == "rxe1" and "rxe2 (no active port)" in choice.notice
     assert choose(asked("auto", device_name="erdma_0", nic_priority_matrix="m.json"), ()).protocol == "auto"
+
+
+def test_what_this_machine_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told by a look at files, before anything is started: an engine would find the same."""
+    monkeypatch.setattr(topology, "devices", lambda *_: list(ALL))
+    matrix = tmp_path / "matrix.json"
+    flags = asked(nic_priority_matrix=str(matrix))
+    with pytest.raises(ConfigError, match=r"--nic_priority_matrix=.*matrix\.json cannot be read: .*No such file"):
+        choose_here(flags, Settings())
+    matrix.write_text('{"cpu:0": [["rxe0"], ["mlx5_0"]]}')
+    for protocol in ("", "auto"):
+        with pytest.raises(ConfigError, match="no RDMA device mlx5_0; "):
+            choose_here(asked(protocol, nic_priority_matrix=str(matrix)), Settings())
+    assert choose_here(asked("tcp", nic_priority_matrix=str(matrix)), Settings()) == Choice("tcp")
+    matrix.write_text('{"cpu:0": [["rxe0"], ["rxe1"]]}')
+    assert choose_here(flags, Settings()).protocol == "rdma"

@@ -168,6 +168,7 @@ def _measure(config: BenchConfig, engine: TransferEngine, world: World, output: 
         for line in [*configuration_lines(config), f"ranks={world.size}"]:
             output.say(line)
     with ExitStack() as stack:
+        stack.enter_context(world.suspecting(engine, names))
         initiator = None
         if role.targets:
             pool = stack.enter_context(worker_pool(config))
@@ -181,10 +182,10 @@ def _measure(config: BenchConfig, engine: TransferEngine, world: World, output: 
         first = next(rank for rank, each in enumerate(all_roles) if each.targets)
         tell = output.say if world.rank == first else None
         result = initiator.run(pool, tell) if initiator else None
+        if result and result.measured.failure:  # ends the job: a sum over the others would look complete
+            raise MooncakeError(f"{engine.name}: {result.measured.failure}")
     if result:
         result.rank = world.rank
-        if result.measured.failure:  # ends the job: a sum over the others would look complete
-            raise MooncakeError(f"{engine.name}: {result.measured.failure}")
     world.barrier(longest_run(config) + config.batch_timeout + wait, "initiators run")
     target_cpu = None if initiator or config.verify else time.process_time() - cpu
     return world.gather(_End(result, target_cpu), wait, "results")

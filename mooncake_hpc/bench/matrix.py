@@ -138,7 +138,8 @@ def run_ranks(
                 world.barrier(turn, f"a round ends, before {_words(pairs, names)}")
                 for pair in pairs:
                     if pair[0] == world.rank:
-                        mine[pair] = _measure(config, engine, pool, names[pair[1]])
+                        with world.suspecting(engine, names):
+                            mine[pair] = _measure(config, engine, pool, names[pair[1]])
             world.barrier(turn, "the last round ends")
             ends = world.gather((world.host.name, mine), wait, "results")
         if world.rank == 0:

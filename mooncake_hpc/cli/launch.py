@@ -55,11 +55,12 @@ def main(arguments: Sequence[str], command: Sequence[str] = ("mooncake-hpc", "la
         raise ConfigError("nothing to run: mooncake-hpc launch --ranks=4 -- bench …")
     in_slurm = "SLURM_JOB_ID" in os.environ
     job = _job(flags, program, in_slurm, command[:-1])
-    _check(program, job.ranks)
-    if flags.boolean("check"):
+    dry_run, check_only = flags.boolean("dry_run"), flags.boolean("check")
+    _check(program, job.ranks, here=not (job.hosts or in_slurm or dry_run or check_only))
+    if check_only:
         return 0
     words, launcher = command_line(job, flags.text("mpirun"), in_slurm, tuple(shlex.split(flags.text("srun_options"))))
-    if flags.boolean("dry_run"):
+    if dry_run:
         print(shlex.join(words))
         return 0
     sys.stdout.flush()
@@ -76,8 +77,11 @@ def _split(arguments: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
     return arguments[:place], arguments[place + 1 :]
 
 
-def _check(program: Sequence[str], ranks: int) -> None:
-    """Tell of flags of our commands that cannot be: once, and before anything is started. Raises ConfigError."""
+def _check(program: Sequence[str], ranks: int, here: bool) -> None:
+    """Tell of flags of our commands that cannot be: once, and before anything is started. Raises ConfigError.
+
+    `here`: ranks are to run on this machine, so that what it does not have is told as well.
+    """
     if program[0] == "bench":
         from mooncake_hpc.cli.transfer_engine_bench import check
     elif program[0] == "p2p":
@@ -85,7 +89,7 @@ def _check(program: Sequence[str], ranks: int) -> None:
     else:
         return
     try:
-        check(program[1:], Launch("mooncake-hpc launch", 0, ranks))
+        check(program[1:], Launch("mooncake-hpc launch", 0, ranks), here)
     except ConfigError as error:
         raise ConfigError(f"{program[0]}: {error}") from error
 

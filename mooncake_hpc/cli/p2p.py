@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from mooncake_hpc import topology
 from mooncake_hpc.cli import glog
 from mooncake_hpc.cli.gflags import Flag, FlagSet, Parsed
 from mooncake_hpc.cli.transport import RDMA_FLAGS, asked
 from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.mpi import Launch, World, default_name, detect
+from mooncake_hpc.memory import system_memory
+from mooncake_hpc.mpi import Launch, World, alike, default_name, detect
 from mooncake_hpc.p2p.digests import ALGORITHMS
 from mooncake_hpc.p2p.job import P2PConfig, run_inferencer, run_list, run_ranks, run_trainer
 from mooncake_hpc.settings import Settings
-from mooncake_hpc.transports.choice import PROTOCOLS, choose
+from mooncake_hpc.transports.choice import PROTOCOLS, choose_here
 
 _DEFAULTS = {f.name: f.default for f in fields(P2PConfig)}
 
@@ -78,36 +78,32 @@ FLAGS = FlagSet(
 def main(arguments: Sequence[str], command: Sequence[str] = ("p2p-store-example",)) -> int:
     """Run the job; the exit code. Raises ConfigError and what the P2P Store raises; the caller prints."""
     launch = detect()
-    try:
+    with alike(launch):
         flags = _parse(arguments)
         if flags.wants_help or flags.wants_version:
             return _tell(flags) if launch is None or launch.rank == 0 else 0
         settings = Settings.from_env()
-        config = configure(flags, launch)
-    except ConfigError:
-        if launch is None or launch.rank == 0:
-            raise
-        return 2  # the same on every rank; rank 0 says why
+        _check(P2PConfig(**_values(flags)), launch)
     glog.set_up(flags)
-    if config.cmd == "ls":
-        return run_list(config, settings, _say)
-    if config.cmd == "trainer":
-        return run_trainer(config, settings, _say)
-    if config.cmd == "inferencer":
-        return run_inferencer(config, settings, _say)
-    assert launch is not None
+    if launch is None or flags.text("cmd"):
+        config = _configure_rank(flags, settings, launch)
+        return {"ls": run_list, "trainer": run_trainer, "inferencer": run_inferencer}[config.cmd](
+            config, settings, _say
+        )
     world = World(launch, settle=settings.settle_timeout)
     with world.guarded():
-        return run_ranks(config, settings, world, _say)
+        return run_ranks(_configure_rank(flags, settings, launch), settings, world, _say)
 
 
-def check(arguments: Sequence[str], launch: Launch) -> None:
-    """Raise ConfigError for what cannot be in a job of such ranks, on whatever machines they run."""
+def check(arguments: Sequence[str], launch: Launch, here: bool) -> None:
+    """Raise ConfigError for what cannot be in a job of such ranks: on whatever machines they run, or on this one."""
     flags = _parse(arguments)
     if flags.wants_help or flags.wants_version:
         return
-    Settings.from_env()
+    settings = Settings.from_env()
     _check(P2PConfig(**_values(flags)), launch)
+    if here:
+        configure(flags, settings)
 
 
 def _parse(arguments: Sequence[str]) -> Parsed:
@@ -130,13 +126,20 @@ def _tell(flags: Parsed) -> int:
     return 0
 
 
-def configure(flags: Parsed, launch: Launch | None) -> P2PConfig:
-    """The run that the flags mean. Raises ConfigError for what cannot be."""
-    choice = choose(asked(flags), topology.devices())
-    if choice.notice and (launch is None or launch.rank == 0):
-        print(choice.notice, file=sys.stderr)
+def configure(flags: Parsed, settings: Settings) -> tuple[P2PConfig, str]:
+    """The run that the flags mean on this machine, and notices. Raises ConfigError for what it cannot have here."""
+    choice = choose_here(asked(flags), settings)
     config = P2PConfig(**{**_values(flags), **choice.as_config()})
-    _check(config, launch)
+    if config.cmd in ("", "trainer") and not config.file and config.nbytes > (memory := system_memory()):
+        raise ConfigError(f"a model of {config.nbytes} bytes, but this machine has {memory} bytes of memory and swap")
+    return config, choice.notice
+
+
+def _configure_rank(flags: Parsed, settings: Settings, launch: Launch | None) -> P2PConfig:
+    """The same with a name; rank 0 prints the notices."""
+    config, notice = configure(flags, settings)
+    if notice and (launch is None or launch.rank == 0):
+        print(notice, file=sys.stderr)
     if config.cmd == "ls":
         return config if "name" in flags.named else replace(config, name="")
     return replace(config, local_server_name=config.local_server_name or default_name(launch))

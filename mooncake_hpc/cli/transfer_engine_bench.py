@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mooncake_hpc import topology
 from mooncake_hpc.bench.plan import MATRIX, PATTERNS, BenchConfig, roles
 from mooncake_hpc.bench.report import UNITS, Units
 from mooncake_hpc.cli import glog
 from mooncake_hpc.cli.gflags import Flag, FlagSet, Parsed
 from mooncake_hpc.cli.transport import RDMA_FLAGS, asked
 from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.mpi import Launch, World, default_name, detect
+from mooncake_hpc.mpi import Launch, World, alike, default_name, detect
 from mooncake_hpc.settings import Settings
-from mooncake_hpc.transports.choice import PROTOCOLS, choose
+from mooncake_hpc.transports.choice import PROTOCOLS, choose_here
+
+if TYPE_CHECKING:
+    from mooncake_hpc.bench.job import Output
 
 _DEFAULTS = {f.name: f.default for f in fields(BenchConfig)}
 
@@ -94,31 +96,29 @@ def main(arguments: Sequence[str], command: Sequence[str] = ("transfer_engine_be
     Raises ConfigError and what the bench raises; the caller prints.
     """
     launch = detect()
-    try:
+    with alike(launch):
         flags = FLAGS.parse(arguments, os.environ)
         if flags.wants_help or flags.wants_version:
             return _tell(flags) if launch is None or launch.rank == 0 else 0
         settings = Settings.from_env()
-        alone = _alone(flags, launch)
-        config = configure(flags, settings, launch, alone)
-    except ConfigError:
-        if launch is None or launch.rank == 0:
-            raise
-        return 2  # the same on every rank; rank 0 says why
+        _check(flags, settings, launch)
     glog.set_up(flags)
-    return _run(flags, config, settings, None if alone else launch, command)
+    if launch is None or _alone(flags, launch):
+        return _run_alone(flags, settings, launch, command)
+    world = World(launch, settle=settings.settle_timeout)
+    with world.guarded():
+        return _run_ranks(flags, settings, launch, world)
 
 
-def check(arguments: Sequence[str], launch: Launch) -> None:
-    """Raise ConfigError for what cannot be in a job of such ranks, on whatever machines they run."""
+def check(arguments: Sequence[str], launch: Launch, here: bool) -> None:
+    """Raise ConfigError for what cannot be in a job of such ranks: on whatever machines they run, or on this one."""
     flags = FLAGS.parse(arguments, os.environ)
     if flags.wants_help or flags.wants_version:
         return
-    settings, alone = Settings.from_env(), _alone(flags, launch)
-    _check(flags, alone)
-    config = BenchConfig(**_values(flags, settings))
-    if not alone and config.pattern != MATRIX:
-        roles(config.pattern, launch.size)
+    settings = Settings.from_env()
+    _check(flags, settings, launch)
+    if here:
+        configure(flags, settings)
 
 
 def _alone(flags: Parsed, launch: Launch | None) -> bool:
@@ -142,38 +142,30 @@ def _tell(flags: Parsed) -> int:
     return 0
 
 
-def configure(flags: Parsed, settings: Settings, launch: Launch | None, alone: bool) -> BenchConfig:
-    """The run that the flags mean. `alone`: this process has one mode, whatever launched it.
-
-    Prints notices to stderr (rank 0 only); raises ConfigError for what cannot be.
-    """
-    values = _values(flags, settings)
-    _check(flags, alone)
-    if alone and not values["local_server_name"]:
-        values["local_server_name"] = default_name(launch)
-    choice = choose(asked(flags), topology.devices())
-    config = BenchConfig(**{**values, **choice.as_config()})
+def configure(flags: Parsed, settings: Settings) -> tuple[BenchConfig, str]:
+    """The run that the flags mean on this machine, and notices. Raises ConfigError for what it cannot have here."""
+    choice = choose_here(asked(flags), settings)
+    config = BenchConfig(**{**_values(flags, settings), **choice.as_config()})
     config.check_memory()
     notice = choice.notice
     if config.footprint > config.buffer_size:
         notice += f"\nWARNING: --buffer_size raised from {config.buffer_size} to {config.footprint} bytes"
-        config = BenchConfig(**{**config.as_dict(), "buffer_size": config.footprint})
+        config = replace(config, buffer_size=config.footprint)
     if (unit := flags.text("report_unit")) not in UNITS:
         notice += f"\nWARNING: --report_unit={unit} is none of {', '.join(UNITS)}: using GB"
-    if notice and (launch is None or launch.rank == 0):
-        print(notice.strip(), file=sys.stderr)
-    return config
+    return config, notice.strip()
 
 
-def _check(flags: Parsed, alone: bool) -> None:
-    """Flags that must be there, and those that a job of ranks cannot use."""
+def _check(flags: Parsed, settings: Settings, launch: Launch | None) -> None:
+    """Flags that must be there, those that a job of ranks cannot use, and values that can be nowhere."""
     if not 0 <= flags.integer("report_precision") <= 12:
         raise ConfigError(f"--report_precision={flags.integer('report_precision')} must be 0 to 12")
     if not flags.text("metadata_server"):
         raise ConfigError(
             "--metadata_server is missing: host:port of an etcd, etcd://a:1,b:2, P2PHANDSHAKE, or embedded"
         )
-    if alone:
+    config = BenchConfig(**_values(flags, settings))
+    if _alone(flags, launch):
         if flags.text("mode") == "initiator" and not flags.text("segment_id"):
             raise ConfigError("--segment_id is missing: the name that the target was started with or has printed")
         return
@@ -183,23 +175,44 @@ def _check(flags: Parsed, alone: bool) -> None:
                 f"--{name} has no meaning where ranks take roles by --pattern; name --mode as well to make "
                 f"every rank a process on its own"
             )
+    if launch and launch.size and config.pattern != MATRIX:
+        roles(config.pattern, launch.size)
 
 
-def _run(flags: Parsed, config: BenchConfig, settings: Settings, launch: Launch | None, command: Sequence[str]) -> int:
+def _run_alone(flags: Parsed, settings: Settings, launch: Launch | None, command: Sequence[str]) -> int:
+    from mooncake_hpc.bench import job
+
+    config, notice = configure(flags, settings)
+    _notify(notice, launch)
+    config = replace(config, local_server_name=config.local_server_name or default_name(launch))
+    if config.mode == "target":
+        return job.run_target(config, settings, _output(flags), command)
+    return job.run_initiator(config, settings, _output(flags))
+
+
+def _run_ranks(flags: Parsed, settings: Settings, launch: Launch, world: World) -> int:
     from mooncake_hpc.bench import job, matrix
 
+    config, notice = configure(flags, settings)
+    _notify(notice, launch)
+    output = _output(flags, written=world.rank == 0)
+    if config.pattern == MATRIX:
+        return matrix.run_ranks(config, flags.boolean("at_once"), settings, launch, world, output)
+    return job.run_ranks(config, settings, launch, world, output)
+
+
+def _notify(notice: str, launch: Launch | None) -> None:
+    if notice and (launch is None or launch.rank == 0):
+        print(notice, file=sys.stderr)
+
+
+def _output(flags: Parsed, written: bool = True) -> Output:
+    """Where results go. Raises ConfigError where the JSON file, if it is `written` here, cannot be."""
+    from mooncake_hpc.bench.job import Output
+
     path = flags.text("json")
-    if path and not os.access(Path(path).absolute().parent, os.W_OK):
+    if written and path and not os.access(Path(path).absolute().parent, os.W_OK):
         raise ConfigError(f"--json={path}: the folder {Path(path).absolute().parent} cannot be written")
     unit = flags.text("report_unit")
     units = Units(unit if unit in UNITS else "GB", flags.integer("report_precision"))
-    output = job.Output(lambda line: print(line, flush=True), units, path)
-    if launch is not None:
-        world = World(launch, settle=settings.settle_timeout)
-        with world.guarded():
-            if config.pattern == MATRIX:
-                return matrix.run_ranks(config, flags.boolean("at_once"), settings, launch, world, output)
-            return job.run_ranks(config, settings, launch, world, output)
-    if config.mode == "target":
-        return job.run_target(config, settings, output, command)
-    return job.run_initiator(config, settings, output)
+    return Output(lambda line: print(line, flush=True), units, path)

@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mooncake_hpc.address import P2PHANDSHAKE, published_address
-from mooncake_hpc.mpi import World, shared_address
+from mooncake_hpc.hosts import shared_address
+from mooncake_hpc.mpi import World
 from mooncake_hpc.settings import Settings
 
 if TYPE_CHECKING:
@@ -39,9 +40,10 @@ def own_metadata(named: str, name: str, settings: Settings, stack: ExitStack) ->
 def job_metadata(named: str, settings: Settings, world: World, stack: ExitStack, wait: float) -> tuple[str, Settings]:
     """What `named` says, or an etcd of the job: rank 0 starts it where all ranks reach it, and tells the others.
 
-    That a named one cannot be reached is told by rank 0 alone, as MetadataUnavailable, while the others wait.
+    Nothing is started before all ranks are here: what a rank cannot have on its host is told before. That a named one
+    cannot be reached is told by rank 0 alone, as MetadataUnavailable, while the others wait.
     """
-    hosts = world.allgather(world.host, wait, "all ranks start")
+    world.barrier(wait, "all ranks have what they need of their hosts")
     if named != EMBEDDED:
         if named != P2PHANDSHAKE:
             if world.rank == 0:
@@ -50,7 +52,7 @@ def job_metadata(named: str, settings: Settings, world: World, stack: ExitStack,
         return named, settings
     access = None
     if world.rank == 0:
-        etcd, settings = start_etcd(shared_address(hosts, settings.tcp_bind_address), settings)
+        etcd, settings = start_etcd(shared_address(world.hosts, settings.tcp_bind_address), settings)
         stack.enter_context(etcd)
         access = (etcd.endpoint, settings.etcd_user, settings.etcd_password)
     endpoint, user, password = world.broadcast(access, wait, "rank 0 starts etcd")

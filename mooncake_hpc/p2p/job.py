@@ -184,9 +184,10 @@ def run_ranks(config: P2PConfig, settings: Settings, world: World, say: Say) -> 
         with open_store(config, metadata, settings) as store:
             if world.rank == 0:
                 publish(store, config)
-            world.barrier(wait, "rank 0 publishes")
-            alone = _pull_alone(config, store, world, wait) if config.alone else None
-            result = _pull_together(config, store, world, wait)
+            names = world.allgather(store.name, wait, "rank 0 publishes")
+            with world.suspecting(store.engine, names):
+                alone = _pull_alone(config, store, world, wait) if config.alone else None
+                result = _pull_together(config, store, world, wait)
             ends = world.gather((store.name, result), wait, "results")
             world.barrier(wait, "all ranks leave")
         world.barrier(settle, "all ranks withdraw their keys")  # before rank 0 ends an embedded etcd

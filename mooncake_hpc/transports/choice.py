@@ -6,7 +6,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mooncake_hpc import topology
 from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.settings import Settings
 from mooncake_hpc.topology import SYSFS, Device
 
 PROTOCOLS = ("rdma", "tcp", "shm", "auto")
@@ -49,6 +51,15 @@ def engine_options(protocol: str, device_name: str, nic_priority_matrix: str, au
         return {"protocol": protocol}
     names = {"device_name": device_name, "nic_priority_matrix": nic_priority_matrix}
     return {"protocol": protocol, **names, "auto_discovery": auto_discovery}
+
+
+def choose_here(asked: Asked, settings: Settings) -> Choice:
+    """What the command line means on this machine. Raises ConfigError as `choose`, and for a matrix file that cannot be
+    read, is none, or names devices that are not here."""
+    choice = choose(asked, topology.devices())
+    if choice.protocol == "rdma" or choice.device_name or choice.nic_priority_matrix:
+        topology.load(choice.device_name, choice.nic_priority_matrix, settings)
+    return choice
 
 
 def choose(asked: Asked, devices: Sequence[Device]) -> Choice:
