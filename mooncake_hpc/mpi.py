@@ -18,7 +18,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mooncake_hpc.errors import ConfigError, MetadataUnavailable, MooncakeError, SegmentNotFound
+from mooncake_hpc.errors import ConfigError, MetadataError, MooncakeError, SegmentNotFound
 from mooncake_hpc.hosts import Host
 from mooncake_hpc.verdict import Failure, Verdict
 
@@ -253,15 +253,11 @@ class World:
     @contextlib.contextmanager
     def suspecting(self, engine: TransferEngine, names: Sequence[str]) -> Iterator[None]:
         """Inside, where a transfer or so fails, the ranks of these segments (by rank) that do not answer are named."""
+        self._suspects = frozenset()
         try:
             yield
         except MooncakeError:
-            deadline = time.monotonic() + ANSWERS
-            self._suspects = frozenset(
-                rank
-                for rank, name in enumerate(names)
-                if rank != self.rank and time.monotonic() < deadline and not _answers(engine, name)
-            )
+            self._suspects = _silent(engine, {rank: name for rank, name in enumerate(names) if rank != self.rank})
             raise
 
     @contextlib.contextmanager
@@ -295,13 +291,21 @@ class World:
             print(f"{each.line}{silent}", file=sys.stderr)
 
 
+def _silent(engine: TransferEngine, names: Mapping[int, str]) -> frozenset[int]:
+    """Ranks whose segments do not answer, as far as can be found out."""
+    found, deadline = set(), time.monotonic() + ANSWERS
+    with contextlib.suppress(MetadataError):
+        for rank, name in names.items():
+            if time.monotonic() < deadline and not _answers(engine, name):
+                found.add(rank)
+    return frozenset(found)
+
+
 def _answers(engine: TransferEngine, name: str) -> bool:
     try:
         return engine.probe(name, ANSWER)
     except SegmentNotFound:
         return False
-    except MetadataUnavailable:
-        return True  # nobody knows
 
 
 def _exit_code(error: BaseException) -> int:

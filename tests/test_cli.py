@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import Start, clean_env
 
-from mooncake_hpc.__main__ import main
+from mooncake_hpc.__main__ import COMMANDS, main
 from mooncake_hpc.address import is_local
 from mooncake_hpc.metadata.embedded import EmbeddedEtcd
 from mooncake_hpc.metadata.store import open_store
@@ -51,6 +51,14 @@ def test_help_and_version() -> None:
     assert shown.returncode == 0 and "--block_size  (int, bytes; default 65536)" in shown.stdout
     assert run("--version").stdout.startswith("mooncake-hpc ")
     assert main(["--version"]) == 0
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_tells_its_help_and_its_version(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """And starts nothing."""
+    for flag, begin in (("--help", "usage: "), ("--version", "mooncake-hpc ")):
+        assert main([name, flag]) == 0
+        assert capsys.readouterr().out.startswith(begin)
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,7 @@ FLAGS = FlagSet(
 def main(arguments: Sequence[str], command: Sequence[str] = ()) -> int:
     """Serve until SIGINT, SIGTERM or what --until_eof says; the exit code. Raises ConfigError, MetadataError."""
     flags = FLAGS.parse(arguments, os.environ)
-    if flags.wants_help:
-        print(FLAGS.help(), end="")
+    if FLAGS.answer(flags):
         return 0
     glog.set_up(flags)
     with _server(flags, Settings.from_env()) as etcd:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mooncake_hpc import __version__
 from mooncake_hpc.errors import ConfigError
 
 Value = bool | int | float | str
@@ -52,6 +53,11 @@ class Parsed:
     wants_help: bool = False
     wants_version: bool = False
 
+    @property
+    def asks(self) -> bool:
+        """Whether all that is wanted is help, or the version: see `FlagSet.answer`."""
+        return self.wants_help or self.wants_version
+
     def text(self, name: str) -> str:
         return str(self.values[name])
 
@@ -88,6 +94,12 @@ class FlagSet:
         state.check_unknown()
         values = {name: state.values.get(name, flag.default) for name, flag in state.flags.items()}
         return Parsed(values, frozenset(state.values), state.wants_help, state.wants_version)
+
+    def answer(self, flags: Parsed) -> bool:
+        """Print the help, or the version, where it is asked for; whether it was."""
+        if flags.asks:
+            print(self.help() if flags.wants_help else f"mooncake-hpc {__version__}\n", end="")
+        return flags.asks
 
     def help(self) -> str:
         """Usage, flags by group with units and defaults, epilog."""

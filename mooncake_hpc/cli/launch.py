@@ -48,8 +48,7 @@ def main(arguments: Sequence[str], command: Sequence[str] = ("mooncake-hpc", "la
     """Become the launcher. Raises ConfigError."""
     own, program = _split(arguments)
     flags = FLAGS.parse(own, os.environ)
-    if flags.wants_help:
-        print(FLAGS.help(), end="")
+    if FLAGS.answer(flags):
         return 0
     if not program:
         raise ConfigError("nothing to run: mooncake-hpc launch --ranks=4 -- bench …")

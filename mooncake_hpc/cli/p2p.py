@@ -80,8 +80,10 @@ def main(arguments: Sequence[str], command: Sequence[str] = ("p2p-store-example"
     launch = detect()
     with alike(launch):
         flags = _parse(arguments)
-        if flags.wants_help or flags.wants_version:
-            return _tell(flags) if launch is None or launch.rank == 0 else 0
+        if flags.asks:
+            if launch is None or launch.rank == 0:
+                FLAGS.answer(flags)
+            return 0
         settings = Settings.from_env()
         _check(P2PConfig(**_values(flags)), launch)
     glog.set_up(flags)
@@ -98,7 +100,7 @@ def main(arguments: Sequence[str], command: Sequence[str] = ("p2p-store-example"
 def check(arguments: Sequence[str], launch: Launch, here: bool) -> None:
     """Raise ConfigError for what cannot be in a job of such ranks: on whatever machines they run, or on this one."""
     flags = _parse(arguments)
-    if flags.wants_help or flags.wants_version:
+    if flags.asks:
         return
     settings = Settings.from_env()
     _check(P2PConfig(**_values(flags)), launch)
@@ -114,16 +116,6 @@ def _parse(arguments: Sequence[str]) -> Parsed:
 
 def _say(line: str) -> None:
     print(line, flush=True)
-
-
-def _tell(flags: Parsed) -> int:
-    if flags.wants_help:
-        print(FLAGS.help(), end="")
-    else:
-        import mooncake_hpc
-
-        print(f"mooncake-hpc {mooncake_hpc.__version__}")
-    return 0
 
 
 def configure(flags: Parsed, settings: Settings) -> tuple[P2PConfig, str]:

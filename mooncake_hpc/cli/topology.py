@@ -35,8 +35,7 @@ FLAGS = FlagSet(
 def main(arguments: Sequence[str], command: Sequence[str] = ()) -> int:
     """Print both; the exit code. Raises ConfigError."""
     flags = FLAGS.parse(arguments, os.environ)
-    if flags.wants_help:
-        print(FLAGS.help(), end="")
+    if FLAGS.answer(flags):
         return 0
     glog.set_up(flags)
     settings = Settings.from_env()

@@ -98,8 +98,10 @@ def main(arguments: Sequence[str], command: Sequence[str] = ("transfer_engine_be
     launch = detect()
     with alike(launch):
         flags = FLAGS.parse(arguments, os.environ)
-        if flags.wants_help or flags.wants_version:
-            return _tell(flags) if launch is None or launch.rank == 0 else 0
+        if flags.asks:
+            if launch is None or launch.rank == 0:
+                FLAGS.answer(flags)
+            return 0
         settings = Settings.from_env()
         _check(flags, settings, launch)
     glog.set_up(flags)
@@ -113,7 +115,7 @@ def main(arguments: Sequence[str], command: Sequence[str] = ("transfer_engine_be
 def check(arguments: Sequence[str], launch: Launch, here: bool) -> None:
     """Raise ConfigError for what cannot be in a job of such ranks: on whatever machines they run, or on this one."""
     flags = FLAGS.parse(arguments, os.environ)
-    if flags.wants_help or flags.wants_version:
+    if flags.asks:
         return
     settings = Settings.from_env()
     _check(flags, settings, launch)
@@ -130,16 +132,6 @@ def _values(flags: Parsed, settings: Settings) -> dict[str, Any]:
     """The fields of BenchConfig as the command line has them."""
     timeout = flags.number("timeout") or settings.transfer_timeout
     return {**{name: flags.values[name] for name in _DEFAULTS}, "timeout": timeout}
-
-
-def _tell(flags: Parsed) -> int:
-    if flags.wants_help:
-        print(FLAGS.help(), end="")
-    else:
-        import mooncake_hpc
-
-        print(f"mooncake-hpc {mooncake_hpc.__version__}")
-    return 0
 
 
 def configure(flags: Parsed, settings: Settings) -> tuple[BenchConfig, str]:

@@ -24,8 +24,7 @@ FLAGS = FlagSet(
 
 def main(arguments: Sequence[str], command: Sequence[str] = ()) -> int:
     """Compile; the exit code. Raises ConfigError and what the engine raises."""
-    if FLAGS.parse(arguments, os.environ).wants_help:
-        print(FLAGS.help(), end="")
+    if FLAGS.answer(FLAGS.parse(arguments, os.environ)):
         return 0
     stamp = _stamp()
     if stamp is not None and stamp.exists():

@@ -69,17 +69,15 @@ def command_line(job: Job, mpirun: str, in_slurm: bool, options: tuple[str, ...]
 
     `options` are further words for srun.
     """
-    if not in_slurm or job.hosts:
-        mpirun = mpirun or find_mpirun()
-        launcher = launcher_of(mpirun)
-        return launcher.command(job, mpirun), launcher
-    launcher = launcher_of_library()
-    available = srun.plugins(_output(["srun", "--mpi=list"]))
-    if launcher.slurm in available:
-        return srun.command(job, launcher.slurm, options), launcher
-    if options:
-        raise ConfigError(f"this Slurm has no --mpi={launcher.slurm} for {launcher.name}, only {sorted(available)}")
+    if in_slurm and not job.hosts:
+        launcher = launcher_of_library()
+        available = srun.plugins(_output(["srun", "--mpi=list"]))
+        if launcher.slurm in available:
+            return srun.command(job, launcher.slurm, options), launcher
+        if options:
+            raise ConfigError(f"this Slurm has no --mpi={launcher.slurm} for {launcher.name}, only {sorted(available)}")
     mpirun = mpirun or find_mpirun()
+    launcher = launcher_of(mpirun)
     return launcher.command(job, mpirun), launcher
 
 
