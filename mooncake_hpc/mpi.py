@@ -163,7 +163,7 @@ class World:
             raise ConfigError("MPI was initialised for calls by its main thread alone, and this is another thread")
         self.host = Host.here()
         self.hosts: list[Host] = []  # by rank
-        self._barriers = 0
+        self._barriers, self._patience = 0, _patience(self.rank)
         self._suspects: frozenset[int] = frozenset()  # ranks that did not answer when a transfer failed
         self._abort = comm.Abort
         self._comm, duplicated = comm.Idup()  # completes in the first barrier
@@ -171,10 +171,6 @@ class World:
         self._requests, self._word = [duplicated], bytearray(1)
         self.hosts = self.allgather(self.host, settle, "all ranks start")
         forget_shared_memory()
-
-    @property
-    def _patience(self) -> float:
-        return _patience(self.rank)
 
     def barrier(self, timeout: float, what: str) -> None:
         """Wait for all ranks. TimeoutError says `what` was waited for, and who is missing."""

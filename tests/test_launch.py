@@ -110,6 +110,7 @@ def test_mistakes_are_told_once_and_before_ranks_start(command: str, message: st
     assert result.stderr.count(message) == 1 == len(result.stderr.splitlines()), result.stderr
 
 
+@pytest.mark.slow
 def test_a_mistake_that_all_ranks_make_is_told_by_one(mpirun: str) -> None:
     """Under an mpirun that no command of ours started, so that nobody has looked before."""
     bench = [sys.executable, "-m", "mooncake_hpc", "bench", "--metadata_server=embedded", "--protocol=tcp"]
