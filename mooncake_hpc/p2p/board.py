@@ -3,7 +3,7 @@
 To read it costs its holder nothing and the reader microseconds, so that news of a shard is everywhere within
 hundredths of a second, whether or not the metadata store answers. Records there follow at leisure.
 
-    u64 token | CLAIMS × (u32 source, u32 shard + 1; 0: unused) | bits, shard i in bit i % 8 of byte i // 8
+    u64 token | CLAIMS × (u32 source, u32 shard + 1, with ENDING; 0: unused) | bits, shard i in bit i % 8 of byte i // 8
 
 A torn read does no harm: bits are only ever set, and claims are advice. The token tells an object's board from whatever
 its memory is used for later.
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 CLAIMS = 32  # shards under way that a board tells of
 TOKEN, ENTRY = 8, 8  # bytes
 BITS = TOKEN + CLAIMS * ENTRY  # where the bits begin
+ENDING = 1 << 31  # the shard is nearly here: all of it will be by the time that this is read
 CHUNK = 64 << 10  # bytes that are allocated at a time
 
 
@@ -84,6 +85,12 @@ class Board:
             self._at[key] = place = self._free.pop()
             self._claims[place] = key[0], shard + 1
 
+    def ending(self, source: str, shard: int) -> None:
+        """What is claimed is nearly here."""
+        place = self._at.get((source_id(source), shard))
+        if place is not None:
+            self._claims[place, 1] |= ENDING
+
     def unclaim(self, source: str, shard: int) -> None:
         """It is not any more."""
         place = self._at.pop((source_id(source), shard), None)
@@ -92,13 +99,25 @@ class Board:
             self._free.append(place)
 
 
-def read_board(memory: Bytes, token: int, shards: int) -> tuple[Bits, list[tuple[int, int]]] | None:
-    """A copy of a board: its bits, and the (source id, shard) of its claims. None when it is another one's."""
+@dataclass(frozen=True, slots=True)
+class News:
+    """What a board says: shards that are there, (source id, shard) of its claims, and shards that nearly are there."""
+
+    have: Bits
+    claims: list[tuple[int, int]]
+    ending: frozenset[int]
+
+
+def read_board(memory: Bytes, token: int, shards: int) -> News | None:
+    """What a copy of a board says. None when it is another one's."""
     if int(memory[:TOKEN].view(np.uint64)[0]) != token:
         return None
     have = np.unpackbits(memory[BITS:], count=shards, bitorder="little").astype(bool)
     claims = memory[TOKEN:BITS].view(np.uint32).reshape(CLAIMS, 2)
-    return have, [(int(source), int(shard) - 1) for source, shard in claims[claims[:, 1] > 0] if shard <= shards]
+    places = claims[:, 1] & (ENDING - 1)
+    used = (places > 0) & (places <= shards)
+    pairs = [(int(source), int(place) - 1) for source, place in zip(claims[used, 0], places[used], strict=True)]
+    return News(have, pairs, frozenset((places[used & (claims[:, 1] >= ENDING)] - 1).tolist()))
 
 
 def by_source(claims: Iterable[tuple[int, int]], names: Mapping[int, str]) -> dict[str, tuple[int, ...]]:

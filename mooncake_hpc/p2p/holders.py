@@ -17,19 +17,22 @@ AHEAD = (256 << 10, 8 << 20)  # bytes, at least and at most, asked of a source i
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What a holder says of itself. `fetching` are the shards under way to it, by source; none once it has all, though
-    the last board read may claim some: it is not read again, and nobody is to wait for those claims to end."""
+    """What a holder says of itself. `fetching` are the shards under way to it, by source, `ending` those of them that
+    are nearly there; none once it has all, though the last board read may claim some: it is not read again, and nobody
+    is to wait for those claims to end."""
 
     name: str
     host: str
     have: Bits
     fetching: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    ending: frozenset[int] = frozenset()
     whole: bool = field(init=False)  # it has all shards
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "whole", bool(self.have.all()))
         if self.whole:
             object.__setattr__(self, "fetching", {})
+            object.__setattr__(self, "ending", frozenset())
 
 
 def claims(name: str, shards: int) -> npt.NDArray[np.float32]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mooncake_hpc.errors import IntegrityError, MooncakeError, ObjectNotFound
-from mooncake_hpc.p2p.board import Board, MemoryPool, board_size, by_source, source_id
+from mooncake_hpc.p2p.board import Board, MemoryPool, News, board_size, by_source, source_id
 from mooncake_hpc.p2p.catalogue import Holder
 from mooncake_hpc.p2p.holders import Bits, View
 from mooncake_hpc.p2p.layout import Memory
@@ -97,19 +97,23 @@ class Pull:
             self.swarm.see(View(holder.segment, holder.host, have, fetching))
             self._wake()
 
-    def news(self, holder: Holder, have: Bits, claims: list[tuple[int, int]]) -> float | None:
+    def news(self, holder: Holder, news: News) -> float | None:
         """What a holder's board says. Seconds until the next look at it; None: it need not be looked at again."""
         with self.lock:
             present, known = self._holders.get(holder.segment), self.swarm.sources.get(holder.segment)
             if present is None or known is None or not _same_place(present, holder):
                 return None
             self.swarm.answered(holder.segment)
-            have, fetching = have | known.view.have, by_source(claims, self._names)
-            if fetching != known.view.fetching or have.sum() != known.view.have.sum():
-                self.swarm.see(View(holder.segment, holder.host, have, fetching))
+            before = known.view
+            view = View(
+                holder.segment, holder.host, news.have | before.have, by_source(news.claims, self._names), news.ending
+            )
+            told = view.fetching, view.ending, view.have.sum()
+            if told != (before.fetching, before.ending, before.have.sum()):
+                self.swarm.see(view)
                 self._wake()
             pause = max(NEWS[0], NEWS[1] * len(self._holders))
-            return None if have.all() else pause if self.swarm.width >= CALM else pause / HURRY
+            return None if view.whole else pause if self.swarm.width >= CALM else pause / HURRY
 
     def forget(self, segment: str) -> None:
         """A record is gone."""
@@ -283,12 +287,17 @@ class Pull:
         return jobs
 
     def window(self, source: str) -> int:
-        known = self.swarm.sources.get(source)
-        return known.ahead if known is not None else 0
+        with self.lock:
+            known = self.swarm.sources.get(source)
+            return self.swarm.ahead(known, time.monotonic()) if known is not None else 0
 
-    def arrived(self, source: str, nbytes: int) -> None:
+    def arrived(self, source: str, job: Job, nbytes: int) -> None:
         with self.lock:
             self.swarm.received(source, nbytes, time.monotonic())
+            if job.left and self.swarm.ends(source, job.shard, job.left):
+                if self._board is not None:
+                    self._board.ending(source, job.shard)
+                self._wake()
 
     def complete(self, source: str, jobs: list[Job], digests: list[bytes]) -> None:
         good = [job for job, digest in zip(jobs, digests, strict=True) if self._usable(source, job, digest)]

@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from mooncake_hpc.errors import MooncakeError, PeerLost, TransferError
-from mooncake_hpc.p2p.board import read_board
+from mooncake_hpc.p2p.board import News, read_board
 from mooncake_hpc.p2p.catalogue import Holder
 from mooncake_hpc.p2p.copying import Copier
 from mooncake_hpc.p2p.digests import Hasher, hashers
-from mooncake_hpc.p2p.holders import Bits
 from mooncake_hpc.p2p.layout import Bytes, Layout, Memory, pair
 from mooncake_hpc.p2p.manifest import Manifest
 from mooncake_hpc.request import READ, REQUEST
@@ -87,7 +86,7 @@ class Listener(Protocol):
 
     def window(self, source: str) -> int: ...
 
-    def arrived(self, source: str, nbytes: int) -> None: ...
+    def arrived(self, source: str, job: Job, nbytes: int) -> None: ...
 
     def complete(self, source: str, jobs: list[Job], digests: list[bytes]) -> None: ...
 
@@ -95,7 +94,7 @@ class Listener(Protocol):
 
     def failed(self, source: str, jobs: list[Job], error: MooncakeError) -> None: ...
 
-    def news(self, holder: Holder, have: Bits, claims: list[tuple[int, int]]) -> float | None: ...
+    def news(self, holder: Holder, news: News) -> float | None: ...
 
 
 class Worker:
@@ -226,7 +225,7 @@ class Worker:
         if found is None:
             raise PeerLost(f"segment {self.holder.segment!r} does not offer the object any more")
         self._rest = REST[0]
-        pause = self._listener.news(self.holder, *found)
+        pause = self._listener.news(self.holder, found)
         self._next_look = math.inf if pause is None else time.monotonic() + pause
 
     def _drop_look(self) -> None:
@@ -307,7 +306,7 @@ class Worker:
         """The bytes up to `end` are here."""
         nbytes, job.hashed = end - job.hashed, end
         self._heard, self._silence = time.monotonic(), SILENCE[0]
-        self._listener.arrived(self.holder.segment, nbytes)
+        self._listener.arrived(self.holder.segment, job, nbytes)
 
     def _finish(self, jobs: list[Job], digests: list[bytes]) -> None:
         for job in jobs:

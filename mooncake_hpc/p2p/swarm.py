@@ -7,8 +7,9 @@ from whom. The rules:
    pulled by the one process whose turn it is.
 2. *What no reader has leaves the first holder once.* Such shards leave in their order, a few at a time, and the readers
    take turns in an order that all of them compute alike: readers which start together share the object among themselves
-   without a word. A turn that is not taken for long passes to the next one. Until all of them
-   have been begun, those who hold all give nothing else: their links carry what only they can give.
+   without a word. A turn that is not taken for long passes to the next one. Until all of them have been begun, those
+   who hold all give nothing else: their links carry what only they can give. Such a shard is to be with a reader soon,
+   as something to give to others: so few leave at a time, and who fetches one asks other readers for less meanwhile.
 3. *Rarest first* among what several have.
 4. *Least loaded source*: a source that serves `SLOTS` readers already is left to them as long as another one, less
    loaded, has something for us. The first holder is a source like any other.
@@ -40,6 +41,7 @@ REST = (0.25, 8.0)  # seconds that a source which failed is left alone: at first
 SPAN = (0.005, 0.1)  # seconds over which a source's rate is measured: at first, since bytes come in bursts, and later
 SLOW = 3.0  # a shard is raced when its source is so many times slower than another one
 STUCK = 1.0  # seconds without a byte after which a source counts as slow
+LEAVING = 4  # shards that leave a first holder at a time: as few as keep its link busy, since news of them take a while
 PATIENCE = 1.0  # seconds after which a turn passes on, and a reader with nothing to do takes what it can get
 
 
@@ -60,6 +62,8 @@ class Swarm:
         self._coming = np.zeros(len(sizes), np.int32)  # others that are fetching it
         self._here = np.zeros(len(sizes), np.int32)  # others of this host that hold it
         self._copies = np.zeros(len(sizes), np.int32)  # others that hold a shard and not all
+        self._nearly = np.zeros(len(sizes), np.int32)  # readers, we among them, who nearly have it
+        self._ending: set[int] = set()  # shards that we nearly have
         self._whole = 0  # others that hold all
         self._awaited: dict[int, float] = {}  # shards that no reader had: since when
         self._order: tuple[int, int, int, int] | None = None
@@ -108,6 +112,7 @@ class Swarm:
         for name, shards in view.fetching.items():
             self._coming[list(shards)] += sign
             self._loads[name] += sign
+        self._nearly[list(view.ending)] += sign
 
     def load(self, name: str) -> int:
         """Other readers that fetch from this source."""
@@ -133,6 +138,11 @@ class Swarm:
         """Our claims: shards under way by source."""
         return {name: tuple(source.begun) for name, source in self.sources.items() if source.begun}
 
+    @property
+    def ending(self) -> frozenset[int]:
+        """Shards that we nearly have."""
+        return frozenset(self._ending)
+
     def choose(self, name: str, now: float) -> int | None:
         """The shard to ask of this source now, or None: then it is not to be asked for the moment."""
         source = self.sources.get(name)
@@ -140,7 +150,7 @@ class Swarm:
             return None
         if source.local:
             return self._choose_here(source, now)
-        if source.backlog >= source.ahead:
+        if source.backlog >= self.ahead(source, now):
             return None
         open_ = source.view.have & self._open
         if source.refused:
@@ -206,7 +216,7 @@ class Swarm:
             passed = int((now - self._awaited.setdefault(int(shard), now)) / patience)
             if open_[shard] and (passed or not self._coming[shard]) and self._turn(shard, passed):
                 return int(shard)
-            room -= not passed
+            room -= not passed and not self._nearly[shard]
             if room <= 0:
                 break
         return None
@@ -216,10 +226,23 @@ class Swarm:
         return bool((~self.have & (self._copies == 0) & (self._coming == 0) & (self.under_way == 0)).any())
 
     def _window(self, source: Source) -> int:
-        """Shards that may be leaving for the first time at once: one of each whole holder until readers have something
-        to give to others, so that the first ones come soon; more where many leave in the time that news take."""
+        """Shards that may be leaving for the first time at once, beside those that are nearly there: one of each whole
+        holder until readers have something to give to others, so that the first ones come soon, and few afterwards;
+        more where many leave in the time that news take."""
         rate = source.rate * (1 + self.load(source.view.name))
-        return self._whole + self._giving + bool(self.have.any()) + int(rate * NEWS / self.sizes[0])
+        giving = self._giving + bool(self.have.any())
+        return self._whole * min(LEAVING, 1 + giving) + int(rate * NEWS / self.sizes[0])
+
+    def ahead(self, source: Source, now: float) -> int:
+        """Bytes to have under way from it: of a reader half as many while a shard that no reader has comes to us."""
+        yields = not source.view.whole and any(self._gives_first(other, now) for other in self.sources.values())
+        return source.ahead // 2 if yields else source.ahead
+
+    def _gives_first(self, source: Source, now: float) -> bool:
+        """Whether a shard that no reader has is coming from it, and is not nearly here."""
+        if not source.begun or not source.view.whole or now - source.heard > STUCK:
+            return False
+        return any(not self._copies[shard] and shard not in self._ending for shard in source.begun)
 
     def _turn(self, shard: int, passed: int) -> bool:
         """Whether the shard is ours to fetch first, after `passed` others had their time. Hosts take turns, and the
@@ -325,6 +348,14 @@ class Swarm:
             source.rate = (source.rate + rate) / 2 if source.rate else rate
             source.mark, source.amount = now, 0
 
+    def ends(self, name: str, shard: int, left: int) -> bool:
+        """So much of the shard has not come. Whether it is news that it will be here by the time that news take."""
+        if shard in self._ending or left > self.sources[name].rate * NEWS:
+            return False
+        self._ending.add(shard)
+        self._nearly[shard] += 1
+        return True
+
     def verified(self, name: str, shard: int) -> bool:
         """The shard has come whole and right. Whether it was missing."""
         self._ended(name, shard, 0)
@@ -370,5 +401,8 @@ class Swarm:
         source.backlog -= left
         self.under_way[shard] -= 1
         self.busy -= 1
+        if shard in self._ending:
+            self._ending.remove(shard)
+            self._nearly[shard] -= 1
         self._open[shard] = self.wanted[shard] and not self.have[shard] and self.under_way[shard] == 0
         return source

@@ -13,6 +13,7 @@ from mooncake_hpc.p2p.holders import View
 from mooncake_hpc.p2p.swarm import Swarm
 
 SHARD = 1 << 20
+GRAIN = 0.25  # units between two looks at what has come
 
 
 @dataclass(eq=False)
@@ -22,6 +23,7 @@ class Flow:
     shard: int
     left: float = 1.0
     rate: float = 0.0
+    told: int = 0  # bytes that the reader knows to have come
 
 
 @dataclass
@@ -73,11 +75,12 @@ class Simulation:
             self._share()
             next_flow = min((f.left / f.rate for f in self.flows if f.rate > 0), default=float("inf"))
             next_event = self._events[0][0] - self.now if self._events else float("inf")
-            step = min(next_flow, next_event)
+            step = min(next_flow, next_event, GRAIN if self.flows else next_event)
             assert step < float("inf") and self.now < limit, self._stuck()
             self.now += step
             for flow in self.flows:
                 flow.left -= step * flow.rate
+                self._progress(flow)
             for flow in [f for f in self.flows if f.left <= 1e-9]:
                 if any(f is flow for f in self.flows):  # not given up meanwhile
                     self._complete(flow)
@@ -110,9 +113,10 @@ class Simulation:
         lost = [f for f in self.flows if node in (f.reader, f.source)]
         self.flows = [f for f in self.flows if f not in lost]
         for other in self.started - self.dead:
-            shards = [f.shard for f in lost if f.reader == other]
+            mine = [f for f in lost if f.reader == other]
+            shards, left = [f.shard for f in mine], sum(SHARD - f.told for f in mine)
             if self.name(node) in self.swarms[other].sources:
-                self.swarms[other].failed(self.name(node), shards, SHARD * len(shards), self.now * self.unit)
+                self.swarms[other].failed(self.name(node), shards, left, self.now * self.unit)
         self._at(self.now + 200, "vanish", node)
 
     def _vanish(self, node: int, _: object) -> None:
@@ -122,7 +126,7 @@ class Simulation:
 
     def _announce(self, node: int) -> None:
         swarm = self.swarms[node]
-        view = View(self.name(node), swarm.host, swarm.have.copy(), swarm.fetching())
+        view = View(self.name(node), swarm.host, swarm.have.copy(), swarm.fetching(), swarm.ending)
         self._at(self.now + self.delay, "hear", node, view)
 
     def _hear(self, node: int, view: object) -> None:
@@ -148,10 +152,20 @@ class Simulation:
             if changed:
                 self._announce(node)
 
+    def _progress(self, flow: Flow) -> None:
+        """A part of the shard has come."""
+        nbytes = int(SHARD * (1 - flow.left)) - flow.told
+        if flow.left > 1e-9 and nbytes > 0:
+            swarm, name = self.swarms[flow.reader], self.name(flow.source)
+            flow.told += nbytes
+            swarm.received(name, nbytes, self.now * self.unit)
+            if swarm.ends(name, flow.shard, SHARD - flow.told):
+                self._announce(flow.reader)
+
     def _complete(self, flow: Flow) -> None:
         self.flows.remove(flow)
         swarm, name = self.swarms[flow.reader], self.name(flow.source)
-        swarm.received(name, SHARD, self.now * self.unit)
+        swarm.received(name, SHARD - flow.told, self.now * self.unit)
         swarm.verified(name, flow.shard)
         self.sent[flow.source] += 1
         if not swarm.sources[name].local:
@@ -159,7 +173,7 @@ class Simulation:
             self.over_wire[at] = self.over_wire.get(at, 0) + 1
         for other in [f for f in self.flows if f.reader == flow.reader and f.shard == flow.shard]:
             self.flows.remove(other)
-            swarm.given_up(self.name(other.source), other.shard, SHARD)
+            swarm.given_up(self.name(other.source), other.shard, SHARD - other.told)
         self._announce(flow.reader)
         if swarm.done:
             self.finished.setdefault(flow.reader, self.now)

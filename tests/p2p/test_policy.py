@@ -165,6 +165,32 @@ def test_what_a_finished_reader_was_fetching_is_not_waited_for() -> None:
     assert made.choose("seed", 0.0) == made.choose("mate", 0.0) == 3
 
 
+def test_few_shards_leave_the_first_holder_at_a_time() -> None:
+    """And one that is nearly with its reader makes room for the next."""
+    made = swarm(8, seed=View("seed", "far", bits(*range(8), of=8)))  # readers on a, b, … g, and here: the eighth turn
+    for shard, host in enumerate("abcdefg"):
+        fetching = {"seed": (shard,)} if shard > 2 else {}
+        made.see(View(host, host, bits(*([] if fetching else [shard]), of=8), fetching))
+    assert made.choose("seed", 0.0) is None, "four are leaving"
+    made.see(View("e", "e", bits(of=8), {"seed": (4,)}, frozenset({4})))
+    assert made.choose("seed", 0.0) == 7
+
+
+def test_a_shard_that_no_reader_has_comes_before_others() -> None:
+    made = swarm(seed=View("seed", "x", bits(0, 1, 2, 3)), mate=View("mate", "y", bits(0)))
+    mate = made.sources["mate"]
+    assert made.ahead(mate, 0.0) == mate.ahead
+    made.begin("seed", 1, 0.0)
+    made.begin("mate", 0, 0.0)
+    assert made.ahead(mate, 0.0) == mate.ahead // 2 and made.ahead(made.sources["seed"], 0.0) == mate.ahead
+    assert made.ahead(mate, 2 * STUCK) == mate.ahead, "nothing comes of it"
+    made.received("seed", SHARD - 1000, 0.04)
+    assert made.ends("seed", 1, 1000) and not made.ends("seed", 1, 500), "told once"
+    assert made.ending == {1} and made.ahead(mate, 0.05) == mate.ahead
+    made.received("seed", 1000, 0.05)
+    assert made.verified("seed", 1) and not made.ending
+
+
 # --- manifests, records, layouts
 
 
@@ -219,8 +245,15 @@ def test_a_board_shows_what_is_here_and_what_is_coming(shards: int) -> None:
     board.unclaim("b", shards - 1)
     board.unclaim("b", 0)  # was none
     found = read_board(board.memory.copy(), board.place.token, shards)
-    assert found is not None and np.array_equal(found[0], have)
-    assert {name: set(claimed) for name, claimed in by_source(found[1], names).items()} == {"a": {0, shards - 1}}
+    assert found is not None and np.array_equal(found.have, have) and not found.ending
+    assert {name: set(claimed) for name, claimed in by_source(found.claims, names).items()} == {"a": {0, shards - 1}}
+    board.ending("a", shards - 1)
+    board.ending("b", 0)  # is none
+    again = read_board(board.memory.copy(), board.place.token, shards)
+    assert again is not None and (again.claims, again.ending) == (found.claims, {shards - 1})
+    board.unclaim("a", shards - 1)
+    last = read_board(board.memory, board.place.token, shards)
+    assert last is not None and not last.ending
     assert read_board(board.memory, board.place.token + 1, shards) is None
 
 
@@ -232,7 +265,7 @@ def test_a_board_has_room_for_so_many_claims() -> None:
         board.unclaim("a", shard)
     board.claim("a", 99)
     found = read_board(board.memory, board.place.token, 100)
-    assert found is not None and found[1] == [(source_id("a"), 99)] and CLAIMS < 100
+    assert found is not None and found.claims == [(source_id("a"), 99)] and CLAIMS < 100
 
 
 def test_a_record_of_a_terabyte_is_small() -> None:
