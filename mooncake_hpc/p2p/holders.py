@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -13,6 +14,8 @@ Bits = npt.NDArray[np.bool_]
 
 HORIZON = 0.02  # seconds of a source's rate that are asked of it in advance
 AHEAD = (256 << 10, 8 << 20)  # bytes, at least and at most, asked of a source in advance
+SPAN = (0.005, 0.1)  # seconds over which a source's rate is measured: at first, since bytes come in bursts, and later
+STUCK = 1.0  # seconds without a byte after which a source counts as slow
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,42 @@ def claims(name: str, shards: int) -> npt.NDArray[np.float32]:
     return np.random.default_rng(zlib.crc32(name.encode("utf-8", "surrogatepass"))).random(shards, np.float32)
 
 
+class Others:
+    """What all other holders hold and are fetching, counted by shard."""
+
+    def __init__(self, host: str, shards: int) -> None:
+        """`host` is ours."""
+        self._host = host
+        self.holders = np.zeros(shards, np.int32)  # that hold a shard
+        self.copies = np.zeros(shards, np.int32)  # that hold it and not all
+        self.here = np.zeros(shards, np.int32)  # that hold it on this host
+        self.coming = np.zeros(shards, np.int32)  # that are fetching it
+        self.ending = np.zeros(shards, np.int32)  # that nearly have it
+        self.whole = 0  # that hold all
+        self.giving = 0  # that hold a shard, and not all
+        self.loads: Counter[str] = Counter()  # that fetch from a source
+
+    def add(self, view: View) -> None:
+        self._count(view, 1)
+
+    def remove(self, view: View) -> None:
+        self._count(view, -1)
+
+    def _count(self, view: View, sign: int) -> None:
+        self.holders += sign * view.have
+        if view.whole:
+            self.whole += sign
+        else:
+            self.copies += sign * view.have
+            self.giving += sign * int(view.have.any())
+        if view.host == self._host:
+            self.here += sign * view.have
+        for name, shards in view.fetching.items():
+            self.coming[list(shards)] += sign
+            self.loads[name] += sign
+        self.ending[list(view.ending)] += sign
+
+
 @dataclass(slots=True)
 class Source:
     """A holder as we see it, and how it has served us."""
@@ -61,3 +100,29 @@ class Source:
     def ahead(self) -> int:
         """Bytes to have under way from it."""
         return int(min(AHEAD[1], max(AHEAD[0], self.rate * HORIZON)))
+
+    def asked(self, shard: int, nbytes: int, now: float) -> None:
+        """The shard is asked of it."""
+        if not self.backlog:
+            self.heard = self.mark = now
+            self.amount = 0
+        self.begun[shard] = now
+        self.backlog += nbytes
+
+    def delivered(self, nbytes: int, now: float) -> None:
+        """Some of what was asked has come."""
+        self.backlog -= nbytes
+        self.heard = now
+        self.amount += nbytes
+        span = now - self.mark
+        if span >= (SPAN[1] if self.rate else SPAN[0]):
+            rate = self.amount / span
+            self.rate = (self.rate + rate) / 2 if self.rate else rate
+            self.mark, self.amount = now, 0
+
+    def time_left(self, now: float) -> float:
+        """Seconds until all that was asked will have come."""
+        silent = now - self.heard
+        if silent > STUCK and self.backlog:
+            return float("inf")
+        return self.backlog / self.rate if self.rate else silent

@@ -23,13 +23,12 @@ What costs most is a shard that leaves the first holder twice.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
-from mooncake_hpc.p2p.holders import Bits, Source, View, claims
+from mooncake_hpc.p2p.holders import STUCK, Bits, Others, Source, View, claims
 
 Shards = npt.NDArray[np.int64]
 
@@ -38,9 +37,7 @@ SPREAD = 2.0  # holders by which a reader departs from rarest first, lest all as
 SLOTS = 3  # readers that a source beyond the wire serves at a time, where there is a choice
 NEWS = 0.03  # seconds until a reader's news are everywhere
 REST = (0.25, 8.0)  # seconds that a source which failed is left alone: at first, and at most
-SPAN = (0.005, 0.1)  # seconds over which a source's rate is measured: at first, since bytes come in bursts, and later
 SLOW = 3.0  # a shard is raced when its source is so many times slower than another one
-STUCK = 1.0  # seconds without a byte after which a source counts as slow
 LEAVING = 4  # shards that leave a first holder at a time: as few as keep its link busy, since news of them take a while
 PATIENCE = 1.0  # seconds after which a turn passes on, and a reader with nothing to do takes what it can get
 
@@ -55,16 +52,9 @@ class Swarm:
         self.under_way = np.zeros(len(sizes), np.int16)  # sources that a shard is coming from
         self.busy = 0  # shards under way, those that come from two sources twice
         self._open = wanted & ~self.have  # to be asked for
-        self._loads: Counter[str] = Counter()  # readers that fetch from a source
-        self._giving = 0  # others that hold a shard, and not all
+        self._others = Others(host, len(sizes))
         self._claim = claims(me, len(sizes))
-        self._holders = np.zeros(len(sizes), np.int32)  # others that hold a shard
-        self._coming = np.zeros(len(sizes), np.int32)  # others that are fetching it
-        self._here = np.zeros(len(sizes), np.int32)  # others of this host that hold it
-        self._copies = np.zeros(len(sizes), np.int32)  # others that hold a shard and not all
-        self._nearly = np.zeros(len(sizes), np.int32)  # readers, we among them, who nearly have it
         self._ending: set[int] = set()  # shards that we nearly have
-        self._whole = 0  # others that hold all
         self._awaited: dict[int, float] = {}  # shards that no reader had: since when
         self._order: tuple[int, int, int, int] | None = None
         self._ours: Bits | None = None
@@ -82,11 +72,11 @@ class Swarm:
             self.sources[view.name] = Source(view, view.host == self.host, claims(view.name, len(self.sizes)))
             self._order = self._ours = None
         else:
-            self._count(known.view, -1)
+            self._others.remove(known.view)
             if known.view.whole != view.whole:
                 self._order = self._ours = None
             known.view = view
-        self._count(view, 1)
+        self._others.add(view)
 
     def forget(self, name: str) -> None:
         """A holder is gone. Shards under way from it end by `failed`."""
@@ -94,29 +84,15 @@ class Swarm:
         if source is None:
             return
         self._order = self._ours = None
-        self._count(source.view, -1)
+        self._others.remove(source.view)
         if source.begun:  # its worker still has to report
             source.view = View(name, source.view.host, np.zeros(len(self.sizes), bool))
         else:
             del self.sources[name]
 
-    def _count(self, view: View, sign: int) -> None:
-        self._holders += sign * view.have
-        if view.whole:
-            self._whole += sign
-        else:
-            self._copies += sign * view.have
-            self._giving += sign * int(view.have.any())
-        if view.host == self.host:
-            self._here += sign * view.have
-        for name, shards in view.fetching.items():
-            self._coming[list(shards)] += sign
-            self._loads[name] += sign
-        self._nearly[list(view.ending)] += sign
-
     def load(self, name: str) -> int:
         """Other readers that fetch from this source."""
-        return self._loads[name]
+        return self._others.loads[name]
 
     # --- decisions ------------------------------------------------------------------------------------------
 
@@ -155,7 +131,7 @@ class Swarm:
         open_ = source.view.have & self._open
         if source.refused:
             open_[list(source.refused)] = False
-        open_ &= self._here == 0
+        open_ &= self._others.here == 0
         if not open_.any():
             return self._race(source, now)
         return self._take_turn(source, open_, now)
@@ -194,7 +170,7 @@ class Swarm:
 
     def _take_turn(self, source: Source, open_: Bits, now: float) -> int | None:
         """A shard that no reader has yet and whose turn it is, or one that readers have."""
-        fresh = source.view.have & ~self.have & (self._copies == 0)
+        fresh = source.view.have & ~self.have & (self._others.copies == 0)
         bored = self._bored(now)
         if fresh.any():
             shard = self._first_copy(source, np.flatnonzero(fresh), open_, now)
@@ -202,7 +178,7 @@ class Swarm:
                 return shard
         if not source.begun and self.width >= WIDTH:
             return None
-        common = open_ & (self._copies > 0) & self._ours_here()
+        common = open_ & (self._others.copies > 0) & self._ours_here()
         if not common.any():
             return None
         load = self.load(source.view.name)
@@ -214,24 +190,25 @@ class Swarm:
         patience = max(PATIENCE, SLOW * int(self.sizes[0]) / source.rate if source.rate else 0.0)
         for shard in fresh:
             passed = int((now - self._awaited.setdefault(int(shard), now)) / patience)
-            if open_[shard] and (passed or not self._coming[shard]) and self._turn(shard, passed):
+            if open_[shard] and (passed or not self._others.coming[shard]) and self._turn(shard, passed):
                 return int(shard)
-            room -= not passed and not self._nearly[shard]
+            room -= not passed and not self._others.ending[shard] and shard not in self._ending
             if room <= 0:
                 break
         return None
 
     def _reserved(self) -> bool:
         """Whether those who hold all give nothing else than what no reader has: until all of that has been begun."""
-        return bool((~self.have & (self._copies == 0) & (self._coming == 0) & (self.under_way == 0)).any())
+        unbegun = (self._others.coming == 0) & (self.under_way == 0)
+        return bool((~self.have & (self._others.copies == 0) & unbegun).any())
 
     def _window(self, source: Source) -> int:
         """Shards that may be leaving for the first time at once, beside those that are nearly there: one of each whole
         holder until readers have something to give to others, so that the first ones come soon, and few afterwards;
         more where many leave in the time that news take."""
         rate = source.rate * (1 + self.load(source.view.name))
-        giving = self._giving + bool(self.have.any())
-        return self._whole * min(LEAVING, 1 + giving) + int(rate * NEWS / self.sizes[0])
+        giving = self._others.giving + bool(self.have.any())
+        return self._others.whole * min(LEAVING, 1 + giving) + int(rate * NEWS / self.sizes[0])
 
     def ahead(self, source: Source, now: float) -> int:
         """Bytes to have under way from it: of a reader half as many while a shard that no reader has comes to us."""
@@ -242,7 +219,7 @@ class Swarm:
         """Whether a shard that no reader has is coming from it, and is not nearly here."""
         if not source.begun or not source.view.whole or now - source.heard > STUCK:
             return False
-        return any(not self._copies[shard] and shard not in self._ending for shard in source.begun)
+        return any(not self._others.copies[shard] and shard not in self._ending for shard in source.begun)
 
     def _turn(self, shard: int, passed: int) -> bool:
         """Whether the shard is ours to fetch first, after `passed` others had their time. Hosts take turns, and the
@@ -259,7 +236,8 @@ class Swarm:
         shards = np.flatnonzero(open_)
         if len(shards) == 0:
             return None
-        return int(shards[np.argmin(self._holders[shards] + self._coming[shards] - SPREAD * self._claim[shards])])
+        holders = self._others.holders[shards] + self._others.coming[shards]  # soon
+        return int(shards[np.argmin(holders - SPREAD * self._claim[shards])])
 
     @property
     def width(self) -> int:
@@ -284,7 +262,7 @@ class Swarm:
 
     def _others_will_do(self, source: Source, load: int, now: float) -> bool:
         """Whether a less loaded source gives us something."""
-        missing = self._open & (self._here == 0)
+        missing = self._open & (self._others.here == 0)
         reserved = self._reserved()
         return any(
             self.load(name) < load
@@ -297,10 +275,10 @@ class Swarm:
 
     def _race(self, source: Source, now: float) -> int | None:
         """A shard to fetch from this source although another one is at it, since that one is so slow."""
-        if source.begun or (self._open & (self._here == 0)).any():
+        if source.begun or (self._open & (self._others.here == 0)).any():
             return None
         late = [
-            (self._time_left(other, now) / SLOW, shard)
+            (other.time_left(now) / SLOW, shard)
             for other in self.sources.values()
             if other is not source
             for shard in other.begun
@@ -310,12 +288,6 @@ class Swarm:
             return None
         left, shard = max(late)
         return shard if left > self._time_for(source, int(self.sizes[shard])) else None
-
-    def _time_left(self, source: Source, now: float) -> float:
-        silent = now - source.heard
-        if silent > STUCK and source.backlog:
-            return float("inf")
-        return source.backlog / source.rate if source.rate else silent
 
     def _time_for(self, source: Source, nbytes: int) -> float:
         rates = [other.rate for other in self.sources.values() if other.rate]
@@ -327,33 +299,20 @@ class Swarm:
     def begin(self, name: str, shard: int, now: float) -> None:
         """The shard is asked of the source."""
         source = self.sources[name]
-        if not source.backlog:
-            source.heard = source.mark = now
-            source.amount = 0
-        source.begun[shard] = now
-        source.backlog += int(self.sizes[shard])
+        source.asked(shard, int(self.sizes[shard]), now)
         self.under_way[shard] += 1
         self.busy += 1
         self._open[shard] = False
 
     def received(self, name: str, nbytes: int, now: float) -> None:
         """Some of what was asked of the source has come."""
-        source = self.sources[name]
-        source.backlog -= nbytes
-        source.heard = now
-        source.amount += nbytes
-        span = now - source.mark
-        if span >= (SPAN[1] if source.rate else SPAN[0]):
-            rate = source.amount / span
-            source.rate = (source.rate + rate) / 2 if source.rate else rate
-            source.mark, source.amount = now, 0
+        self.sources[name].delivered(nbytes, now)
 
     def ends(self, name: str, shard: int, left: int) -> bool:
         """So much of the shard has not come. Whether it is news that it will be here by the time that news take."""
         if shard in self._ending or left > self.sources[name].rate * NEWS:
             return False
         self._ending.add(shard)
-        self._nearly[shard] += 1
         return True
 
     def verified(self, name: str, shard: int) -> bool:
@@ -387,9 +346,9 @@ class Swarm:
             return
         for shard in shards:
             self._ended(name, shard, 0)
-        self._count(source.view, -1)
+        self._others.remove(source.view)
         source.view = View(name, source.view.host, source.view.have)
-        self._count(source.view, 1)
+        self._others.add(source.view)
         self._order = None
         source.backlog -= left
         source.resting_until = now + min(REST[1], REST[0] * 2**source.failures)
@@ -401,8 +360,6 @@ class Swarm:
         source.backlog -= left
         self.under_way[shard] -= 1
         self.busy -= 1
-        if shard in self._ending:
-            self._ending.remove(shard)
-            self._nearly[shard] -= 1
+        self._ending.discard(shard)
         self._open[shard] = self.wanted[shard] and not self.have[shard] and self.under_way[shard] == 0
         return source
