@@ -144,6 +144,7 @@ def entry(address: tuple[str, int]) -> tuple[Any, ...]:
     return socket.AF_INET, socket.SOCK_STREAM, 0, "", address
 
 
+@pytest.mark.slow
 def test_a_silent_address_leaves_time_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.ExitStack() as stack:
         silent, answering = (stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0)) for _ in range(2))

@@ -290,6 +290,7 @@ def test_transfers_go_on_while_etcd_is_away(tmp_path: Path) -> None:
         etcd.kill()
 
 
+@pytest.mark.slow
 def test_more_buffers_than_a_metadata_value_holds(etcd: str) -> None:
     memory = np.zeros(40_000, np.uint8)
     with engine(etcd, "faults-many:1") as ours:

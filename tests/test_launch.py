@@ -168,7 +168,8 @@ with world.guarded():
 """
 
 
-@pytest.mark.parametrize("library", ["mpich", pytest.param("openmpi", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["mpich", "openmpi"])
 def test_exceptions_on_ranks_end_the_job_and_each_is_told_once(library: str, request: pytest.FixtureRequest) -> None:
     python = sys.executable if library == "mpich" else request.getfixturevalue("openmpi")
     begin = time.monotonic()

@@ -351,6 +351,7 @@ def test_wiped_etcd(tmp_path: Path) -> None:
 # Fail-over and deadlines
 
 
+@pytest.mark.slow
 def test_etcd_dies_and_returns(tmp_path: Path) -> None:
     with Etcd(tmp_path / "etcd") as server, open_store(server.endpoint, SETTINGS) as store:
         store.publish("k", "1")

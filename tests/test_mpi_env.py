@@ -87,6 +87,7 @@ def python(script: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_no_mpi_is_needed_where_none_is_used() -> None:
     """Neither for a transfer nor to find out one's rank, as where mpi4py is not installed."""
     python("""if True:
