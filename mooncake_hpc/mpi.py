@@ -165,6 +165,7 @@ class World:
         self.hosts: list[Host] = []  # by rank
         self._barriers, self._patience = 0, _patience(self.rank)
         self._suspects: frozenset[int] = frozenset()  # ranks that did not answer when a transfer failed
+        self._announced: Verdict | None = None  # MPI may still use its memory
         self._abort = comm.Abort
         self._comm, duplicated = comm.Idup()  # completes in the first barrier
         # of the barrier under way; kept when it fails, as MPI still uses their buffers
@@ -252,8 +253,10 @@ class World:
         self._suspects = frozenset()
         try:
             yield
-        except MooncakeError:
+        except MooncakeError as error:
             self._suspects = _silent(engine, {rank: name for rank, name in enumerate(names) if rank != self.rank})
+            self._announced = self._verdict(error)
+            self._announced.announce()  # the engine closes next, and then answers nobody
             raise
 
     @contextlib.contextmanager
@@ -277,14 +280,17 @@ class World:
         """Print what this rank is to say of its failure, if anything."""
         if isinstance(error, KeyboardInterrupt):
             return
+        for each in self._verdict(error).to_tell():
+            silent = f"; no answer from {self._names(each.suspects)}" if each.suspects else ""
+            print(f"{each.line}{silent}", file=sys.stderr)
+
+    def _verdict(self, error: BaseException) -> Verdict:
+        """On what this rank met with."""
         cause = f"{type(error).__name__}: {error}".removesuffix(": ")
         line = f"rank {self.rank} on {self.host.name}: {cause}"
         if not isinstance(error, MooncakeError | TimeoutError | SystemExit):
             line = f"{traceback.format_exc()}{line}"
-        failure = Failure(self.rank, line, cause, self._suspects)
-        for each in Verdict(self._comm, failure).to_tell() if self.size > 1 else [failure]:
-            silent = f"; no answer from {self._names(each.suspects)}" if each.suspects else ""
-            print(f"{each.line}{silent}", file=sys.stderr)
+        return Verdict(self._comm, Failure(self.rank, line, cause, self._suspects))
 
 
 def _silent(engine: TransferEngine, names: Mapping[int, str]) -> frozenset[int]:

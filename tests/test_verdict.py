@@ -51,6 +51,9 @@ class Comm:
             raise RuntimeError("MPI_ERR_OTHER")
         self.boxes[dest].put(message)
 
+    def iprobe(self, tag: int) -> bool:
+        return not self.boxes[self.rank].empty()
+
     def improbe(self, tag: int) -> Any:
         try:
             message = self.boxes[self.rank].get_nowait()
@@ -106,3 +109,18 @@ def test_who_should_have_told_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     boxes: list[queue.SimpleQueue[Failure]] = [queue.SimpleQueue() for _ in range(2)]
     boxes[1].put(failure(0, "unwell"))
     assert Verdict(Comm(boxes, 1), mine := failure(1, "lost", 0)).to_tell() == [mine]
+
+
+def test_who_announced_its_failure_is_not_at_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its engine is closed by now, and it takes long to end."""
+    monkeypatch.setattr(verdict, "HOLD", 0.1)
+    monkeypatch.setattr(verdict, "QUIET", 0.1)
+    boxes: list[queue.SimpleQueue[Failure]] = [queue.SimpleQueue() for _ in range(3)]
+    Verdict(Comm(boxes, 2), failure(2, "lost", 1)).announce()
+    (told,) = Verdict(Comm(boxes, 0), failure(0, "lost", 1, 2)).to_tell()
+    assert (told.rank, told.suspects) == (0, {1})
+
+
+def test_a_rank_without_others_tells_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdict, "HOLD", 100.0)
+    assert Verdict(Comm([queue.SimpleQueue()], 0), mine := failure(0, "lost")).to_tell() == [mine]
