@@ -131,6 +131,7 @@ def keys(etcd: str, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_a_target_ends_cleanly_and_removes_its_keys(etcd: str, start: Start, number: signal.Signals) -> None:
     name = f"127.0.0.1:{21100 + number}"
     process, _ = target(start, etcd, name, *SMALL)
@@ -166,6 +167,7 @@ def test_a_target_that_is_too_small_is_noticed_before_the_run(etcd: str, start: 
     assert shown.returncode == 2 and "start the target with --buffer_size=16777216" in shown.stderr
 
 
+@pytest.mark.slow
 def test_nobody_has_the_name(etcd: str) -> None:
     result = run(f"--metadata_server={etcd}", "--segment_id=nobody:1", "--protocol=tcp", *QUICK)
     assert result.returncode == 1 and "SegmentNotFound" in result.stderr and "nobody:1" in result.stderr

@@ -281,6 +281,7 @@ def test_takeover_in_mid_trouble(etcd: EmbeddedEtcd, reader: MetadataStore) -> N
         assert reader.get("k") == "new"
 
 
+@pytest.mark.slow
 def test_takeover_after_trouble(etcd: EmbeddedEtcd, reader: MetadataStore) -> None:
     """Keys are watched over the other way as well."""
     forwarder = Forwarder(etcd.endpoint)
@@ -332,6 +333,7 @@ def test_a_withdrawal_that_failed_is_made_up_for(etcd: EmbeddedEtcd, reader: Met
         assert eventually(lambda: reader.list("") == {"kept": "v"}, TTL)
 
 
+@pytest.mark.slow
 def test_wiped_etcd(tmp_path: Path) -> None:
     with Etcd(tmp_path / "etcd") as server, ExitStack() as stack:
         first, second = (stack.enter_context(open_store(server.endpoint, SETTINGS)) for _ in range(2))

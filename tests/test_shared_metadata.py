@@ -70,6 +70,7 @@ def test_other_hosts_need_the_jobs_password() -> None:
                 store.list("mooncake/")
 
 
+@pytest.mark.slow
 def test_a_named_server_is_left_as_it_is(etcd: str) -> None:
     """One that cannot be reached is told before the ranks go on."""
     quick = replace(SETTINGS, metadata_timeout=0.5)

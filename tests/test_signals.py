@@ -69,6 +69,7 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_an_echo_does_not_cut_the_last_steps_short(number: signal.Signals) -> None:
     """Launchers and terminals send a signal several times, also while the interpreter already ends."""
     with subprocess.Popen(

@@ -55,6 +55,7 @@ def test_iteration_order_of_a_map_that_has_grown() -> None:
     assert iteration_order([f"npu:{i}" for i in range(20)]) == [f"npu:{i}" for i in order]
 
 
+@pytest.mark.slow
 def test_iteration_order_of_many_has_all() -> None:
     keys = [f"location:{i}" for i in range(700)]
     assert sorted(iteration_order(keys)) == sorted(keys)

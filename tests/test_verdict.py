@@ -93,6 +93,7 @@ def tell(failures: dict[int, tuple[float, Failure]], size: int, dead: set[int]) 
 
 @pytest.mark.parametrize("size", [4, 100])
 @pytest.mark.parametrize("late", [0.0, 0.05, 0.25])
+@pytest.mark.slow
 def test_one_tells(monkeypatch: pytest.MonkeyPatch, size: int, late: float) -> None:
     """Though the lowest rank finds out last, and another one is dead to MPI too."""
     monkeypatch.setattr(verdict, "HOLD", 0.15)

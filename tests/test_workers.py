@@ -248,6 +248,7 @@ def test_a_stuck_worker_does_not_hold_up_close(two: MemoryFile) -> None:
     assert job.wait() == 0 and prepare.verify(two.array, 6) == 0
 
 
+@pytest.mark.slow
 def test_a_closed_file_is_given_back_by_the_workers() -> None:
     with WorkerPool(1) as pool:
         memory = MemoryFile(8 << 20, "given-back")
@@ -258,6 +259,7 @@ def test_a_closed_file_is_given_back_by_the_workers() -> None:
         until(lambda: "given-back" not in maps(pool.pids[0]), 2)
 
 
+@pytest.mark.slow
 def test_a_dropped_pool_ends_its_workers(two: MemoryFile) -> None:
     pool = WorkerPool(1)
     pool.fill(two.array, 1).wait()

@@ -71,6 +71,7 @@ def test_memory_that_nobody_else_can_map_comes_over_the_wire(opener: Open) -> No
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(replica.arrays, data, strict=True))
 
 
+@pytest.mark.slow
 def test_one_changed_byte_is_noticed(opener: Open) -> None:
     trainer, reader = opener(), opener()
     (data,) = allocated(trainer, 4 * SHARD)

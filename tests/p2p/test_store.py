@@ -159,6 +159,7 @@ def test_no_such_object(opener: Open) -> None:
             store.register(name, content(1))
 
 
+@pytest.mark.slow
 def test_waiting_for_an_object(opener: Open) -> None:
     trainer, reader = opener(), opener()
     data = content(SHARD)
@@ -208,6 +209,7 @@ def test_byte_range(opener: Open) -> None:
         reader.get_replica("o", byte_range=(0, data.nbytes + 1))
 
 
+@pytest.mark.slow
 def test_progress_deadline_and_cancel(opener: Open, slow_sources: None) -> None:
     trainer, reader = opener(), opener()
     data = content(20 * SHARD)
@@ -225,6 +227,7 @@ def test_progress_deadline_and_cancel(opener: Open, slow_sources: None) -> None:
     assert np.array_equal(reader.get_replica("o", timeout=60).arrays[0], data)
 
 
+@pytest.mark.slow
 def test_wrong_bytes_come_from_elsewhere(opener: Open) -> None:
     trainer, liar, reader = opener(), opener(), opener()
     data = content(12 * SHARD)
@@ -272,6 +275,7 @@ def test_a_replica_keeps_an_object_alive(opener: Open) -> None:
     assert second.list()[0].holders.keys() == {first.name, second.name}
 
 
+@pytest.mark.slow
 def test_registering_again_makes_a_new_version(opener: Open) -> None:
     trainer, reader, other = opener(), opener(), opener()
     old, new = content(30 * SHARD), content(30 * SHARD, 2)
