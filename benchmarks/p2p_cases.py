@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from contenders import ROOT, Load, Ours, Stage, run
+from contenders import ROOT, Load, Ours, Raw, Stage, run
 from p2p_hosts import Answer, Fleet, Hosts, soon
 
 MIB = 1 << 20
@@ -197,6 +197,12 @@ def one_reader_tcp(stage: Stage, size: int) -> Sample:
 def bench_tcp(stage: Stage, size: int) -> Sample:
     """The bench at 1 MiB blocks, over the same amount of memory."""
     told = Ours(stage).measure(Load("read", MIB, size // MIB), 1.0)
+    return Sample(size / told.bytes_per_second, told.bytes_per_second)
+
+
+def bare_loop(stage: Stage, size: int) -> Sample:
+    """What one reader does at the least: a bare loop that receives and hashes, over the same amount of memory."""
+    told = Raw(stage, "hashed").measure(Load("read", MIB, size // MIB), 1.0)
     return Sample(size / told.bytes_per_second, told.bytes_per_second)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from contenders import Failed, Stage
 from load import Watch, calm
-from p2p_cases import LINKS, MIB, NEEDS, Links, Round, bench_tcp, one_reader_tcp, readers_of_one_host
+from p2p_cases import LINKS, MIB, NEEDS, Links, Round, bare_loop, bench_tcp, one_reader_tcp, readers_of_one_host
 from p2p_hosts import Fleet, Hosts
 from p2p_metadata import measure
 from p2p_report import Results
@@ -52,7 +52,8 @@ def unlimited(options: argparse.Namespace, results: Results, tell: Tell) -> None
         for number in range(options.rounds):
             calm(0.15, options.calm, tell)
             seen: Round = {"tcp": one_reader_tcp(stage, size), "bench": bench_tcp(stage, size)}
-            seen["shm"], seen["copyto"] = readers_of_one_host(READERS, 2 * size)
+            seen["bare loop, hashed"] = bare_loop(stage, size)
+            seen["shm"], seen["copyto"] = readers_of_one_host(READERS, size)
             results.host.append(seen)
             told = ", ".join(f"{name} {sample.rate / 1e9:.2f} GB/s" for name, sample in seen.items())
             tell(f"round {number + 1} of {options.rounds}: {told}")
@@ -80,7 +81,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rate", default="200mbit", help="of each link [%(default)s]")
     parser.add_argument("--size", type=int, default=64, help="MiB of the object over limited links [%(default)s]")
     parser.add_argument("--shard", type=int, default=1, help="MiB of its shards [%(default)s]")
-    parser.add_argument("--large", type=int, default=512, help="MiB of the object without limits [%(default)s]")
+    parser.add_argument("--large", type=int, default=1024, help="MiB of the object without limits [%(default)s]")
     parser.add_argument("--part", choices=("all", *PARTS), default="all", help="[%(default)s]")
     parser.add_argument("--metadata-seconds", type=float, default=10.0, help="of announcements [%(default)s]")
     calm_help = "before each round wait at most this long for others to leave the machine alone"

@@ -1,6 +1,7 @@
 """The floor: a bare numba `send`/`recv` loop over one connection, and memcpy, over blocks such as the bench's.
 
 raw.py stream --footprint N --call N --seconds S    two processes, one direction; a line of JSON
+raw.py hashed --footprint N --call N --seconds S    as stream, and each call's bytes are hashed as a reader of objects does
 raw.py memcpy --footprint N --call N --seconds S    np.copyto between two warm memory files
 """
 
@@ -58,7 +59,23 @@ def receive_rounds(fd, base, footprint, call, rounds, result):
     return get(result)
 
 
-def stream(footprint: int, call: int, seconds: float) -> tuple[float, float]:
+def receive_hashed(connection: socket.socket, memory: MemoryFile, call: int) -> tuple[int, int]:
+    """As `receive_rounds` to the end, with a digest of each call's bytes."""
+    from xxhash import xxh3_128
+
+    total = begin = 0
+    while True:
+        for at in range(0, memory.nbytes, call):
+            piece = memory.array[at : at + call]
+            got = connection.recv_into(piece, piece.nbytes, socket.MSG_WAITALL)
+            begin = begin or time.monotonic_ns()
+            if not got:
+                return total, time.monotonic_ns() - begin
+            xxh3_128(piece[:got]).digest()
+            total += got
+
+
+def stream(footprint: int, call: int, seconds: float, hashed: bool = False) -> tuple[float, float]:
     """Bytes a second into this process, and the CPU seconds of both sides."""
     memory = warm_memory(footprint)
     result = np.zeros(2, np.int64)
@@ -74,7 +91,10 @@ def stream(footprint: int, call: int, seconds: float) -> tuple[float, float]:
                 place = int(result.ctypes.data)
                 receive_rounds(connection.fileno(), memory.address, footprint, call, WARM_ROUNDS, place)
                 cpu = time.process_time()
-                receive_rounds(connection.fileno(), memory.address, footprint, call, 0, place)
+                if hashed:
+                    result[:] = receive_hashed(connection, memory, call)
+                else:
+                    receive_rounds(connection.fileno(), memory.address, footprint, call, 0, place)
                 cpu = time.process_time() - cpu
             output, _ = sender.communicate(timeout=60)
         finally:
@@ -120,7 +140,7 @@ def warm_memory(footprint: int) -> MemoryFile:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("stream", "send", "memcpy"))
+    parser.add_argument("what", choices=("stream", "hashed", "send", "memcpy"))
     for name in ("footprint", "call", "port"):
         parser.add_argument(f"--{name}", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=1.0)
@@ -128,8 +148,8 @@ def main() -> None:
     if options.what == "send":
         send_stream(options.footprint, options.call, options.seconds, options.port)
         return
-    run = stream if options.what == "stream" else memcpy
-    rate, cpu = run(options.footprint, options.call, options.seconds)
+    sizes = options.footprint, options.call, options.seconds
+    rate, cpu = memcpy(*sizes) if options.what == "memcpy" else stream(*sizes, options.what == "hashed")
     print(json.dumps({"bytes_per_second": rate, "cpu_seconds_per_gb": cpu / (rate * options.seconds / 1e9)}))
 
 

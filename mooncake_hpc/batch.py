@@ -22,12 +22,14 @@ from mooncake_hpc.errors import (
     TransferTimeout,
 )
 from mooncake_hpc.kernels import lane as layout
+from mooncake_hpc.kernels import leader
 from mooncake_hpc.request import WRITE
 
 if TYPE_CHECKING:
     from mooncake_hpc.transports.lane import Lane
 
 WORD, ERROR = layout.WORD // 8, layout.ERROR // 8
+LOOK = 1_000_000  # ns between two looks at one request of a batch of several lanes
 NATIVE_CALL = 50_000_000  # ns: no native call is longer, so that signals are served
 
 
@@ -113,6 +115,17 @@ class Batch:
             now = time.monotonic_ns()
         return False
 
+    def join_request(self, number: int, timeout: float) -> int:
+        """Wait `timeout` seconds at most for the request at `number` alone; its status, as in `status`."""
+        status, end = self._arena.status, time.monotonic_ns() + int(timeout * 1e9)
+        while not status[number] and (now := time.monotonic_ns()) < end:
+            until = min(end, now + NATIVE_CALL)
+            if len(self._lanes) == 1:
+                self._lanes[0].drive_to(self._arena.address, number, until)
+            else:
+                self._drive(min(until, now + LOOK))
+        return int(status[number])
+
     def cancel(self, timeout: float = 10.0) -> None:
         """Stop the batch; when this returns nothing touches its buffers any more.
 
@@ -172,7 +185,7 @@ class Batch:
         for lane in self._lanes:
             if lane.drive(batch, until) != layout.EMPTY:
                 return
-        layout.await_batch(batch, until)
+        leader.await_batch(batch, until)
 
     def describe(self) -> str:
         """Its size and its peers, for messages."""

@@ -273,6 +273,17 @@ class TransferEngine:
         """
         self._submitter.transfer(requests, timeout, done_at)
 
+    def repeat(
+        self, requests: Requests, latencies: npt.NDArray[np.int64], seconds: float, timeout: float | None = None
+    ) -> int:
+        """As `transfer`, again and again, at least once and at most as often as `latencies` has room for the
+        nanoseconds that each took; none begins after `seconds`. How many there were. Python has no part in it between
+        them: each is some 2 us quicker than in a loop around `transfer`.
+
+        Raises as `transfer`, once one has failed; in `latencies` its place and those after it stay as they were.
+        """
+        return self._submitter.repeat(requests, latencies, seconds, timeout)
+
     def read(self, local: object, segment: Segment, remote_addr: int, timeout: float | None = None) -> None:
         """Fill `local` from `remote_addr` in the segment and return when done. Raises as `transfer`."""
         self._transfer_one(READ, local, segment, remote_addr, timeout)

@@ -13,6 +13,7 @@ from mooncake_hpc.batch import NATIVE_CALL, Batch
 from mooncake_hpc.errors import ConfigError, PeerLost, TransferError, TransferTimeout
 from mooncake_hpc.kernels import lane as layout
 from mooncake_hpc.kernels import slicer
+from mooncake_hpc.memory import data_address
 from mooncake_hpc.remote import Segment
 from mooncake_hpc.request import REQUEST, Requests
 from mooncake_hpc.slicing import Slicing
@@ -20,8 +21,9 @@ from mooncake_hpc.transports.base import Registration, Tables
 from mooncake_hpc.transports.lane import Lane
 
 Times = npt.NDArray[np.int64]  # one a request
+LONGEST = 1e9  # seconds
 TARGET_MASK = (1 << slicer.TARGET_BITS) - 1
-WORD, ERROR = layout.WORD // 8, layout.ERROR // 8
+WORD, QUEUED, STARTED = layout.WORD // 8, layout.QUEUED // 8, layout.STARTED // 8
 
 
 class Submitter:
@@ -69,31 +71,56 @@ class Submitter:
         return self._submit_slowly(arena, self._patience if timeout is None else timeout, held)
 
     def transfer(self, requests: Requests, timeout: float | None, done_at: Times | None) -> None:
-        """As `TransferEngine.transfer`. A batch that ends in its first native call never becomes an object."""
+        """As `TransferEngine.transfer`."""
+        self._run(requests, timeout, done_at, 1, 0, None)
+
+    def repeat(self, requests: Requests, latencies: Times, seconds: float, timeout: float | None) -> int:
+        """As `TransferEngine.repeat`."""
+        if latencies.dtype != np.int64 or latencies.ndim != 1 or not latencies.flags.carray:
+            raise ConfigError("latencies must be a contiguous, writable, one-dimensional array of int64")
+        until, done = time.monotonic_ns() + int(min(seconds, LONGEST) * 1e9), 0
+        while done < len(latencies):
+            done += self._run(requests, timeout, None, len(latencies) - done, until, latencies[done:])
+            if time.monotonic_ns() >= until:
+                break
+        return done
+
+    def _run(
+        self, requests: Requests, timeout: float | None, done_at: Times | None, limit: int, until: int,
+        latencies: Times | None,
+    ) -> int:  # fmt: skip
+        """As `slicer.repeat`, for NATIVE_CALL at most, and the last one to its end. A batch that ends natively never
+        becomes an object."""
         arena, held, begin = self._take(requests, done_at), (self._held, done_at), time.monotonic_ns()
-        limit = int((self._patience if timeout is None else timeout) * 1e9)
+        patience = int((self._patience if timeout is None else timeout) * 1e9)
+        call = NATIVE_CALL if patience > NATIVE_CALL else patience
+        place = 0 if latencies is None else data_address(latencies)
+        until = begin + NATIVE_CALL if until > begin + NATIVE_CALL else until
         try:
-            number = slicer.submit(arena.address, arena.count, self._address)
-            if number > 0:
-                lane = self._lanes[number & TARGET_MASK]
-                lane.drive(arena.address, begin + (NATIVE_CALL if limit > NATIVE_CALL else limit))
-        except BaseException:
+            done = int(slicer.repeat(arena.address, arena.count, self._address, limit, until, call, place))
+            queued, started = arena.words[QUEUED], arena.words[STARTED]
+            batch = self._batch(arena, queued, held) if queued > 0 else None
+        except BaseException:  # Ctrl-C, and nobody has the batch
             self._cancel(arena, held)
             raise
-        words = arena.words
-        if number > 0 and words[WORD] & 1 and not words[ERROR] and lane.has_left(number >> slicer.TARGET_BITS):
+        if not queued:
             self._arenas.give(arena)
-            return
-        batch = self._batch(arena, number, held) if number > 0 else self._submit_slowly(arena, limit / 1e9, held)
+            return done
+        end = started + patience
+        if batch is None:
+            batch = self._submit_slowly(arena, patience / 1e9, held)
         try:
-            if not batch.join(max(0, begin + limit - time.monotonic_ns()) / 1e9):
-                raise TransferTimeout(f"{batch.describe()} is not done after {limit / 1e9:g} s: cancelled")
+            if not batch.join(max(0, end - time.monotonic_ns()) / 1e9):
+                raise TransferTimeout(f"{batch.describe()} is not done after {patience / 1e9:g} s: cancelled")
             batch.wait()
         except BaseException as error:
             batch.cancel()
             if isinstance(error, TransferError):
                 error.failed = int(np.count_nonzero(batch.status < 0))
             raise
+        if latencies is not None:
+            latencies[done] = time.monotonic_ns() - started
+        return done + 1
 
     def _take(self, requests: Requests, done_at: Times | None) -> Arena:
         usual = getattr(requests, "dtype", None) is REQUEST and requests.ndim == 1  # quicker than what follows

@@ -31,8 +31,14 @@ class FaultyEngine:
         return getattr(self._engine, name)
 
     def transfer(self, requests: Requests, timeout: float | None = None, done_at: Any = None) -> None:
+        self._engine.transfer(self._altered(requests), timeout, done_at)
+
+    def repeat(self, requests: Requests, latencies: Any, seconds: float, timeout: float | None = None) -> int:
+        return self._engine.repeat(self._altered(requests), latencies, seconds, timeout)
+
+    def _altered(self, requests: Requests) -> Requests:
         timed = self.armed and requests.size == BATCH  # and not the verifier's own
-        self._engine.transfer(self._alter(requests) if timed else requests, timeout, done_at)
+        return self._alter(requests) if timed else requests
 
 
 @pytest.fixture

@@ -47,6 +47,17 @@ class CopyEngine:
         if done_at is not None:
             done_at[:] = time.monotonic_ns()
 
+    def repeat(
+        self, requests: npt.NDArray[Any], latencies: npt.NDArray[Any], seconds: float, timeout: float | None = None
+    ) -> int:
+        end = time.monotonic() + seconds
+        for done in range(len(latencies)):
+            if done and time.monotonic() > end:
+                return done
+            self.transfer(requests, timeout)
+            latencies[done] = 1
+        return len(latencies)
+
 
 class Rig:
     def __init__(self, operation: str, **changes: Any) -> None:

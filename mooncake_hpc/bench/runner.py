@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,8 +17,9 @@ from mooncake_hpc.bench.verify import Verifier
 from mooncake_hpc.errors import MooncakeError, TransferCancelled, TransferError
 
 Requests = npt.NDArray[Any]
-SAMPLE = 5_000_000  # ns between two batches of a submitter whose requests are timed, which costs some 20 µs
-COUNTED = 4096  # latencies are counted this many at a time
+Times = npt.NDArray[np.int64]
+SAMPLE = 0.005, 8  # seconds, and batches' times, between two batches whose requests are timed, which costs some 20 µs
+COUNTED = 4096  # batches between two that are timed, at most
 PROGRESS = 5.0  # seconds between two words about a verified run
 LAST_BATCH = 0.5  # seconds for a submitter to end after Ctrl-C
 Tell = Callable[[str], object]
@@ -34,9 +34,9 @@ def longest_run(config: BenchConfig) -> float:
 class Engine(Protocol):
     """What the runner needs of `mooncake_hpc.TransferEngine`."""
 
-    def transfer(
-        self, requests: Requests, timeout: float | None = None, done_at: npt.NDArray[np.int64] | None = None
-    ) -> None: ...
+    def transfer(self, requests: Requests, timeout: float | None = None, done_at: Times | None = None) -> None: ...
+
+    def repeat(self, requests: Requests, latencies: Times, seconds: float, timeout: float | None = None) -> int: ...
 
 
 @dataclass(slots=True)
@@ -62,6 +62,13 @@ class _Submitter:
     batches: int = 0
     begin: int = 0  # of its last window, ns
     end: int = 0
+
+    def count(self, latencies: Times) -> None:
+        """Take in the batches that took some time, and make the array new."""
+        ended = latencies[latencies > 0]
+        self.latency.add(ended)
+        self.batches += len(ended)
+        latencies[:] = 0
 
 
 class Runner:
@@ -147,35 +154,33 @@ class Runner:
 
     def _submit(self, me: _Submitter, start_line: threading.Barrier, limit: int | None, seconds: float) -> None:
         """One submitter's loop. The clock runs from before the submission to the return of the wait."""
-        transfer, clock = self._engine.transfer, time.monotonic_ns
-        requests, timeout = me.requests, self._config.batch_timeout
-        times = np.zeros(len(requests), np.int64)
-        sampled: npt.NDArray[np.int64] | None = times
+        times, latencies, done = np.zeros(len(me.requests), np.int64), np.zeros(COUNTED, np.int64), 0
         start_line.wait(timeout=60)
-        me.begin = me.end = end = next_sample = clock()
-        last, left = end + seconds * 1e9, float("inf") if limit is None else limit
-        while left > 0 and end < last and not self._stopped:
-            latencies = array("q")
-            note = latencies.append
-            try:
-                for _ in range(int(min(left, COUNTED))):
-                    start = clock()
-                    transfer(requests, timeout, sampled)
-                    end = clock()
-                    note(end - start)
-                    if sampled is not None:
-                        me.request_latency.add(times - start)
-                        sampled, next_sample = None, end + SAMPLE
-                    elif end >= next_sample:
-                        sampled = times
-                    if end >= last or self._stopped:
-                        break
-            except Exception as error:
-                self._fail(error)
-            me.end = end
-            me.batches += len(latencies)
-            me.latency.add(latencies)
-            left -= len(latencies)
+        me.begin = me.end = time.monotonic_ns()
+        last, left = me.begin + seconds * 1e9, COUNTED if limit is None else limit
+        try:
+            while done < left and me.end < last and not self._stopped:
+                done += self._some(me, latencies[done:left], times, last)
+                if done == COUNTED:
+                    me.count(latencies)
+                    done, left = 0, COUNTED if limit is None else left - done
+        except Exception as error:
+            self._fail(error)
+        me.end = time.monotonic_ns()
+        me.count(latencies)
+
+    def _some(self, me: _Submitter, latencies: Times, times: Times, last: float) -> int:
+        """A batch whose requests are timed, and more without Python between them; how many."""
+        timeout, start, done = self._config.batch_timeout, time.monotonic_ns(), 1
+        self._engine.transfer(me.requests, timeout, times)
+        me.end = time.monotonic_ns()
+        latencies[0] = me.end - start
+        me.request_latency.add(times - start)
+        if len(latencies) > 1 and me.end < last:
+            seconds = max(SAMPLE[0], SAMPLE[1] * (me.end - start) / 1e9)
+            done += self._engine.repeat(me.requests, latencies[1:], min(seconds, (last - me.end) / 1e9), timeout)
+            me.end = time.monotonic_ns()
+        return done
 
     def _fail(self, error: Exception) -> None:
         """Keep the first cause and end the run."""

@@ -48,7 +48,10 @@ DONE_SLICES = 120  # completed slices of the head entry
 SPIN = 472  # the leader's spinner (`kernels.spin`), 3 words
 URGENT = 496  # 1: somebody waits who cannot lead (an event loop, or a batch of several lanes)
 LANE_ONE = 504  # holds 1, written to eventfds
-LANE_WORDS = 64  # the words from 128 to 471 belong to the transport
+LEAD = 512  # address of the transport's `lead`, as a C function: how `leader.drive` moves bytes
+YIELD = 520  # 1: the leader is to leave, Python wants the lane
+WANTED = 528  # 1: Python is to look after the connection
+LANE_WORDS = 72  # the words from 128 to 471 belong to the transport
 
 DOWN, UP, CLOSED = 0, 1, 2
 
@@ -75,7 +78,9 @@ OTHERS = 80  # requests that `cut` left out since they go to another segment
 REQUESTS = 88  # address of the request records
 SLICES, ROOM = 96, 104  # address of the slices, and how many there is room for
 DONE_AT = 112  # address of an int64 a request, to be given the time when it is done; or 0
-BATCH_WORDS = 16
+QUEUED = 120  # of `slicer.repeat`: what is in a lane's queue
+STARTED = 128  # of `slicer.repeat`: when that was submitted
+BATCH_WORDS = 18
 
 # --- failure codes of a slice, negative as bytes
 REJECTED, LOST, TIMED_OUT, CANCELLED, MALFORMED = -1, -2, -3, -4, -5
@@ -229,90 +234,6 @@ def seize(lane, until):
             return 0
         pause()
     return 1
-
-
-@kernel
-def hand_over(lane):
-    """Release the lane; when entries are left, wake one that waits for its batch to lead instead."""
-    chosen = 0
-    seq = get(lane + HEAD)
-    tail = load(lane + TAIL)
-    while seq != tail and chosen == 0:
-        entry = get(lane + RING) + ENTRY * (seq & (get(lane + DEPTH) - 1))
-        batch = get(entry + ENTRY_BATCH)
-        if load(batch + WAITERS) != 0:
-            chosen = batch
-            fetch_add(batch + WORD, 2)  # still held: the entry has not left the queue
-        seq += 1
-    store(lane + OWNER, 0)
-    if chosen != 0:
-        futex_wake(chosen + WORD, 1)  # at worst a word that nobody sleeps on
-
-
-@kernel
-def follow(lane, batch, until):
-    """Sleep until the batch is done, the lane has no leader, or `until`."""
-    fetch_add(batch + WAITERS, 1)
-    word = load(batch + WORD)
-    left = until - now()
-    if word & 1 == 0 and load(lane + OWNER) != 0 and left > 0:
-        futex_wait(batch + WORD, word, left)
-    fetch_add(batch + WAITERS, -1)
-
-
-@kernel
-def await_batch(batch, until):
-    """Sleep until the batch is done or `until`; whether it is done."""
-    fetch_add(batch + WAITERS, 1)
-    word = load(batch + WORD)
-    while word & 1 == 0:
-        left = until - now()
-        if left <= 0:
-            break
-        futex_wait(batch + WORD, word, left)
-        word = load(batch + WORD)
-    fetch_add(batch + WAITERS, -1)
-    return word & 1
-
-
-GRACE = 1_000_000  # ns: the lane's thread leaves a queue to its waiters this long
-LONGEST = 8_000_000  # ns: and looks at it this seldom where it was never needed
-LINGER = 100_000_000  # ns: until this long after the last traffic
-
-
-@kernel
-def rest(lane):
-    """The lane thread's sleep between two looks at the queue: GRACE to LONGEST in traffic, else until rung."""
-    word = load(lane + BELL_WORD)
-    if load(lane + STATE) == UP and now() - get(lane + PROGRESS) > LINGER:
-        store(lane + RESTING, 1)
-        fence()
-        if load(lane + HEAD) == load(lane + TAIL):
-            futex_wait(lane + BELL_WORD, word, 10_000_000_000)
-            store(lane + RESTING, 0)
-            return
-        store(lane + RESTING, 0)  # what is queued does not move, or its leader is in a long call
-    unattended = load(lane + HEAD) != load(lane + TAIL) and load(lane + OWNER) == 0
-    put(lane + LOOK, GRACE if unattended else min(LONGEST, max(GRACE, 2 * get(lane + LOOK))))
-    futex_wait(lane + BELL_WORD, word, get(lane + LOOK))
-
-
-@kernel
-def neglected(lane, head_before):
-    """Whether something is queued that nobody moves: same head as before, no leader."""
-    head = load(lane + HEAD)
-    return head == head_before and head != load(lane + TAIL) and load(lane + OWNER) == 0
-
-
-@kernel
-def await_work(lane):
-    """The lane thread's sleep while the lane is DOWN: until something is queued or it is rung."""
-    word = load(lane + BELL_WORD)
-    store(lane + RESTING, 1)
-    fence()
-    if load(lane + STATE) == DOWN and load(lane + HEAD) == load(lane + TAIL):
-        futex_wait(lane + BELL_WORD, word, 10_000_000_000)
-    store(lane + RESTING, 0)
 
 
 @kernel

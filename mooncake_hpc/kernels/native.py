@@ -6,6 +6,7 @@ ctypes object would forbid numba's cache, and an uncached kernel costs seconds a
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import os
@@ -13,11 +14,13 @@ import platform
 import time
 import warnings
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
 log = logging.getLogger(__name__)
@@ -67,17 +70,52 @@ def _stamp(dispatcher: Any) -> None:
         index._source_stamp = (index._source_stamp, *SOURCES)
 
 
+class Entry:
+    """A C function for a kernel of int64 arguments and result, so that kernels reach it through its address. Cached."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        words = (types.int64,) * len(inspect.signature(function).parameters)
+        self._callback: Any = CFunc(function, (words, types.int64), {}, {})
+        with contextlib.suppress(RuntimeError):  # as in `_compile`, which warns
+            self._callback.enable_caching()
+        _stamp(self._callback)
+        self._new: bool | None = None
+
+    @cached_property
+    def address(self) -> int:
+        """Where it is; compiled, or loaded from the cache, when first asked for."""
+        self.compile()
+        address: int = self._callback.address
+        return address
+
+    def compile(self) -> bool:
+        """Whether it was not in the cache."""
+        if self._new is None:
+            self._callback.compile()
+            self._new = not self._callback.cache_hits
+        return self._new
+
+
 def compile_ahead(first: Any, *others: Any) -> None:
     """Have kernels of int64 arguments compiled before any deadline runs: on a busy machine that takes a minute.
 
     What is in the cache already is left to be loaded when it is first called; `first` stands for all.
     """
-    known, begin = sum(first.stats.cache_misses.values()), time.monotonic()
-    for number, each in enumerate((first, *others)):
-        each.compile((types.int64,) * len(inspect.signature(each.py_func).parameters))
-        if number == 0 and sum(first.stats.cache_misses.values()) == known:
-            return
+    begin = time.monotonic()
+    if not _compile_one(first):
+        return
+    for each in others:
+        _compile_one(each)
     log.info("kernels were compiled in %.1f s, once for all processes of this version", time.monotonic() - begin)
+
+
+def _compile_one(each: Any) -> bool:
+    """Whether it was not in the cache."""
+    if isinstance(each, Entry):
+        return each.compile()
+    known = sum(each.stats.cache_misses.values())
+    each.compile((types.int64,) * len(inspect.signature(each.py_func).parameters))
+    return bool(sum(each.stats.cache_misses.values()) > known)
 
 
 def _pointer(builder: Any, address: Any, bits: Any) -> Any:
@@ -227,6 +265,8 @@ recvmsg = _libc("recvmsg", _i32, _i64, _i32)
 write = _libc("write", _i32, _i64, _i64)
 read = _libc("read", _i32, _i64, _i64)
 epoll_wait = _libc("epoll_wait", _i32, _i64, _i32, _i32)
+release_gil = _libc("PyEval_SaveThread")  # in a `brief` kernel: the thread's state, for `take_gil`
+take_gil = _libc("PyEval_RestoreThread", _i64, result=types.void)
 
 
 def _call(builder: Any, name: str, result: Any, kinds: list[Any], arguments: list[Any]) -> Any:
@@ -292,6 +332,17 @@ def poll(typingctx, first, events, second, nanoseconds):
         two = b.lshr(b.load(_word(b, fds, 1)), I64(48))
         ready = b.select(b.icmp_unsigned("!=", two, I64(0)), I64(1 << 16), I64(0))
         return b.or_(one, ready)
+
+    return types.int64(*[types.int64] * 4), gen
+
+
+@intrinsic
+def call_entry(typingctx, function, first, second, third):
+    """Call an `Entry` of three arguments at the address `function`."""
+
+    def gen(ctx, b, sig, args):
+        kind = ir.FunctionType(I64, [I64, I64, I64])
+        return b.call(b.inttoptr(args[0], kind.as_pointer()), args[1:])
 
     return types.int64(*[types.int64] * 4), gen
 

@@ -23,6 +23,7 @@ from mooncake_hpc.kernels.lane import (
     RING,
     SLICE,
     TAIL,
+    WANTED,
     finish_slice,
     ring_thread,
 )
@@ -36,8 +37,6 @@ LOCAL_KEYS, REMOTE_KEYS = 160, 168  # addresses of pairs of keyed tables, readab
 RETRY, RETRY_MASK, RETRY_HEAD, RETRY_TAIL = 176, 184, 192, 200  # ring of (slice, entry number) to post again
 FAILURES = 208  # so many errors of its own fail a slice
 TURN = 216  # counts the leader's turns: in a new one no older tables are looked at
-WANTED = 224  # 1: Python is to look after the rails
-YIELD = 232  # 1: the leader is to leave, Python wants the lane
 EPOLL, EVENTS = 240, 248  # epoll of the completion channels and the doorbell; room for MAX_EVENTS events
 COMPLETIONS = 256  # room for POLLED struct ibv_wc
 WINDOW = 264  # bytes under way a rail where there are several

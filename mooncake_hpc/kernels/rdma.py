@@ -17,7 +17,6 @@ from mooncake_hpc.kernels.lane import (
     BROKEN,
     CAUSE,
     DOORBELL,
-    DOWN,
     EMPTY,
     ENTRY_COUNT,
     ENTRY_SLICES,
@@ -26,27 +25,18 @@ from mooncake_hpc.kernels.lane import (
     LENGTH,
     LOST,
     META,
-    OWNER,
     PATIENCE,
     PROGRESS,
     REJECTED,
     SLICE,
     SPIN,
-    STATE,
     TAIL,
     TIMED_OUT,
-    UP,
-    URGENT,
     WORD,
-    await_batch,
-    follow,
-    hand_over,
-    neglected,
-    rest,
-    ring_thread,
+    YIELD,
 )
 from mooncake_hpc.kernels.native import (
-    compare_exchange,
+    Entry,
     epoll_wait,
     fence,
     get,
@@ -96,8 +86,6 @@ from mooncake_hpc.kernels.rails import (
     SLEEPS,
     STALE,
     TURN,
-    WANTED,
-    YIELD,
     again,
     entry_of,
     finish,
@@ -271,8 +259,8 @@ def _sleep(lane, left):
     store(lane + ASLEEP, 0)
 
 
-@kernel
-def _lead(lane, batch, until):
+@Entry
+def lead(lane, batch, until):
     """Post and poll until `batch` (0: everything queued) is done, `until`, or no rail is left."""
     quiet = budget = 0
     while True:
@@ -323,44 +311,4 @@ def _give_up(lane):
             spoil(lane, rail, TIMED_OUT, 0)
 
 
-@kernel
-def drive(lane, batch, until):
-    """Wait for `batch` (0: everything) until `until`; as `tcp_client.drive`."""
-    while True:
-        if batch != 0 and load(batch + WORD) & 1:
-            return FINISHED
-        if load(lane + STATE) != UP:
-            if batch == 0:
-                return BROKEN
-            return FINISHED if await_batch(batch, until) else AGAIN
-        if load(lane + YIELD) == 0 and compare_exchange(lane + OWNER, 0, 1) == 0:
-            code = AGAIN
-            if load(lane + STATE) == UP:
-                code = _lead(lane, batch, until)
-            if code == BROKEN:
-                compare_exchange(lane + STATE, UP, DOWN)
-                ring_thread(lane)
-            hand_over(lane)
-            if code in (FINISHED, EMPTY):
-                return code
-        elif batch == 0:
-            return AGAIN
-        else:
-            follow(lane, batch, until)
-        if now() >= until:
-            return AGAIN
-
-
-@kernel
-def attend(lane):
-    """The lane thread's loop, as `tcp_client.attend`; returns also when the rails want Python."""
-    head = -1
-    while load(lane + STATE) == UP and load(lane + WANTED) == 0:
-        rest(lane)
-        if neglected(lane, head) or load(lane + URGENT) != 0:
-            store(lane + URGENT, 0)
-            drive(lane, 0, now() + NAP)
-        head = load(lane + HEAD)
-
-
-KERNELS = (drive, attend, spoil, settle, post_ends, take_back, fail_queue, drop_cancelled)  # what Python calls
+KERNELS = (spoil, settle, post_ends, take_back, fail_queue, drop_cancelled, lead)  # what Python calls

@@ -13,7 +13,6 @@ from mooncake_hpc.kernels.lane import (
     CANCELLED,
     CAUSE,
     DONE_SLICES,
-    DOWN,
     EMPTY,
     ENTRY_BATCH,
     ENTRY_SLICES,
@@ -22,28 +21,18 @@ from mooncake_hpc.kernels.lane import (
     LENGTH,
     LOCAL,
     META,
-    OWNER,
     PROGRESS,
     REJECTED,
     REMOTE,
     SLICE,
-    STATE,
     TAIL,
-    UP,
-    URGENT,
     WORD,
     WRITING,
-    await_batch,
     finish_head,
-    follow,
-    hand_over,
     head_entry,
-    neglected,
-    rest,
-    ring_thread,
 )
 from mooncake_hpc.kernels.native import (
-    compare_exchange,
+    Entry,
     copy,
     errno,
     fence,
@@ -144,8 +133,9 @@ def _turn(lane, batch):
     return code
 
 
-@kernel
-def _lead(lane, batch, until):
+@Entry
+def lead(lane, batch, until):
+    """As `tcp_client.lead`."""
     while True:
         if _turn(lane, batch) == BROKEN:
             return BROKEN
@@ -157,43 +147,3 @@ def _lead(lane, batch, until):
         put(lane + PROGRESS, time)
         if time >= until:
             return AGAIN
-
-
-@kernel
-def drive(lane, batch, until):
-    """Wait for `batch` (0: everything) until `until`; as `tcp_client.drive`."""
-    while True:
-        if batch != 0 and load(batch + WORD) & 1:
-            return FINISHED
-        if load(lane + STATE) != UP:
-            if batch == 0:
-                return BROKEN
-            return FINISHED if await_batch(batch, until) else AGAIN
-        if compare_exchange(lane + OWNER, 0, 1) == 0:
-            code = AGAIN
-            if load(lane + STATE) == UP:
-                code = _lead(lane, batch, until)
-            if code == BROKEN:
-                compare_exchange(lane + STATE, UP, DOWN)
-                ring_thread(lane)
-            hand_over(lane)
-            if code != BROKEN and code != AGAIN:
-                return code
-        elif batch == 0:
-            return AGAIN
-        else:
-            follow(lane, batch, until)
-        if now() >= until:
-            return AGAIN
-
-
-@kernel
-def attend(lane):
-    """The lane thread's loop, as `tcp_client.attend`."""
-    head = -1
-    while load(lane + STATE) == UP:
-        rest(lane)
-        if neglected(lane, head) or load(lane + URGENT) != 0:
-            store(lane + URGENT, 0)
-            drive(lane, 0, now() + NAP)
-        head = load(lane + HEAD)

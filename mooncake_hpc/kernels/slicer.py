@@ -10,18 +10,21 @@ from mooncake_hpc.kernels.lane import (
     ERROR,
     ERROR_REQUEST,
     EVENT,
+    HEAD,
     HIDDEN,
     LENGTH,
     LOCAL,
     META,
     OTHERS,
     PENDING,
+    QUEUED,
     REMAINING,
     REMOTE,
     REQUESTS,
     ROOM,
     SLICE,
     SLICES,
+    STARTED,
     STATUS,
     WAITERS,
     WORD,
@@ -29,7 +32,21 @@ from mooncake_hpc.kernels.lane import (
     enqueue,
     note_time,
 )
-from mooncake_hpc.kernels.native import brief, get, get_byte, put, put_byte, store
+from mooncake_hpc.kernels.leader import drive
+from mooncake_hpc.kernels.native import (
+    brief,
+    get,
+    get_byte,
+    kernel,
+    load,
+    now,
+    pause,
+    put,
+    put_byte,
+    release_gil,
+    store,
+    take_gil,
+)
 from mooncake_hpc.kernels.ranges import covered, reach
 
 BAD_OPCODE, BAD_LENGTH, LOCAL_UNREGISTERED, REMOTE_UNREGISTERED, NO_ROOM = 1, 2, 3, 4, 5
@@ -172,3 +189,52 @@ def submit(batch, count, engine):
         put(batch + REMAINING, 0)
         return 0
     return number << TARGET_BITS | target
+
+
+LEAVE = 1_000  # ns for the leader of a lane to take an entry out of the queue once its batch is done
+REFUSED = -1
+
+
+@kernel
+def _carried_out(lane, batch, number, until):
+    """Wait for entry `number` until `until`: whether its batch is done, all of it, and nobody looks at it any more."""
+    drive(lane, batch, until)
+    if load(batch + WORD) & 1 == 0 or load(batch + ERROR) != 0:
+        return False
+    end = 0
+    while load(lane + HEAD) < number:  # another thread leads, and is about to
+        pause()
+        end = now() + LEAVE if end == 0 else end
+        if now() > end:
+            return False
+    return True
+
+
+@brief
+def repeat(batch, count, engine, limit, until, patience, latencies):
+    """Submit the batch and wait until it is done, `limit` times in turn; how many were done.
+
+    None but the first begins after `until`, and none is waited for longer than `patience` ns. `latencies` is the
+    address of an int64 for each, in ns, or 0. The batch's QUEUED word tells how it ended: 0: well; REFUSED: `submit`
+    takes it not; else what that returned for one more, which is under way or has failed.
+    """
+    put(batch + QUEUED, 0)
+    for done in range(limit):
+        begin = now()
+        if begin >= until and done > 0:
+            return done
+        put(batch + STARTED, begin)
+        queued = submit(batch, count, engine)
+        put(batch + QUEUED, queued if queued > 0 else REFUSED)
+        if queued <= 0:
+            return done
+        lane = get(get(get(engine + SEGMENTS) + 8 * (queued & ((1 << TARGET_BITS) - 1))) + ROUTE_LANE)
+        thread = release_gil()
+        fine = _carried_out(lane, batch, queued >> TARGET_BITS, begin + patience)
+        take_gil(thread)
+        if not fine:
+            return done
+        put(batch + QUEUED, 0)
+        if latencies != 0:
+            put(latencies + 8 * done, now() - begin)
+    return limit

@@ -9,29 +9,18 @@ from mooncake_hpc.kernels.lane import (
     BROKEN,
     CAUSE,
     DOORBELL,
-    DOWN,
     EMPTY,
     FINISHED,
     HEAD,
-    OWNER,
     PATIENCE,
     PROGRESS,
     SPIN,
-    STATE,
     TAIL,
     TIMED_OUT,
-    UP,
-    URGENT,
     WORD,
-    await_batch,
-    follow,
-    hand_over,
-    neglected,
-    rest,
-    ring_thread,
 )
 from mooncake_hpc.kernels.native import (
-    compare_exchange,
+    Entry,
     errno,
     fence,
     get,
@@ -131,8 +120,8 @@ def _sleep(lane, left):
     store(lane + ASLEEP, 0)
 
 
-@kernel
-def _lead(lane, batch, until):
+@Entry
+def lead(lane, batch, until):
     """Move bytes until `batch` (0: everything queued) is done, `until`, or the connection breaks."""
     quiet = budget = 0
     while True:
@@ -169,47 +158,3 @@ def _lead(lane, batch, until):
             pause()
         if time >= until:
             return AGAIN
-
-
-@kernel
-def drive(lane, batch, until):
-    """Wait for `batch` (0: everything) until `until`: move the lane's bytes, or sleep while another thread does.
-
-    EMPTY: this lane holds nothing more of the batch, which another lane still carries.
-    """
-    while True:
-        if batch != 0 and load(batch + WORD) & 1:
-            return FINISHED
-        if load(lane + STATE) != UP:
-            if batch == 0:
-                return BROKEN
-            return FINISHED if await_batch(batch, until) else AGAIN
-        if compare_exchange(lane + OWNER, 0, 1) == 0:
-            if load(lane + STATE) != UP:  # broke, or is being repaired, since the look above
-                store(lane + OWNER, 0)
-                continue
-            code = _lead(lane, batch, until)
-            if code == BROKEN:
-                compare_exchange(lane + STATE, UP, DOWN)  # not when it was closed meanwhile
-                ring_thread(lane)
-            hand_over(lane)
-            if code != BROKEN:
-                return code
-        elif batch == 0:
-            return AGAIN
-        else:
-            follow(lane, batch, until)
-        if now() >= until:
-            return AGAIN
-
-
-@kernel
-def attend(lane):
-    """The lane thread's loop: move what nobody waits on; returns when the lane needs Python (not UP)."""
-    head = -1
-    while load(lane + STATE) == UP:
-        rest(lane)
-        if neglected(lane, head) or load(lane + URGENT) != 0:
-            store(lane + URGENT, 0)
-            drive(lane, 0, now() + NAP)
-        head = load(lane + HEAD)

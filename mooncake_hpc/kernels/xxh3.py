@@ -16,11 +16,12 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from mooncake_hpc.kernels.native import I32, I64, copy, fence, get, kernel, put
+from mooncake_hpc.kernels.native import I8, I32, I64, copy, fence, get, kernel, put
 from mooncake_hpc.memory import data_address
 
 SHORTEST = 241  # bytes: below, the digest is made in other ways
 STRIPE, STRIPES = 64, 16
+SHORT = 16  # bytes, the shortest that can be stored past the caches
 BLOCK = STRIPE * STRIPES
 PRIME32_1, PRIME32_2, PRIME32_3 = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D
 PRIME64_1, PRIME64_2, PRIME64_3 = 0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
@@ -35,6 +36,7 @@ SECRET = bytes.fromhex(
 SCRAMBLE, LAST, LOW, HIGH = 128, 121, 11, 117  # offsets into the secret
 SIGNED_1, SIGNED_2 = PRIME64_1 - (1 << 64), PRIME64_2 - (1 << 64)  # as factors of int64
 DIGEST = 16  # bytes
+AHEAD = 2048  # bytes that are fetched into the caches before they are read: processors look ahead within a page only
 EXTENT = 24
 Extent = tuple[int, int, int]
 
@@ -66,6 +68,13 @@ def _take_in(builder, lanes, data, key):
     return builder.add(builder.add(lanes, swapped), product)
 
 
+def _prefetch(builder, address, offset):
+    pointer = builder.inttoptr(builder.add(address, I64(offset)), I8.as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+    function = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
+    builder.call(function, [pointer, I32(0), I32(3), I32(1)])  # to read, into all caches, data
+
+
 def _streaming(builder, instruction):
     instruction.set_metadata("nontemporal", builder.module.add_metadata([I32(1)]))
 
@@ -83,18 +92,19 @@ def _stripe(typingctx, lanes, source, secret):
     return types.void(*[types.int64] * 3), gen
 
 
-def _block(streaming):
-    """Copies a block from `source` to `destination` and takes it in; with `streaming`, past the caches, to a
-    multiple of 64."""
+def _block(alignment):
+    """Copies a block from `source` to `destination` and takes it in; past the caches where the destination is a
+    multiple of `alignment` bytes, 16 or more."""
 
     def block(typingctx, lanes, destination, source, secret):
         def gen(ctx, b, sig, args):
             where = _at(b, args[0], 0)
             state = b.load(where, align=8)
             for index in range(STRIPES):
+                _prefetch(b, args[2], STRIPE * index + AHEAD)
                 data = b.load(_at(b, args[2], STRIPE * index), align=1)
-                stored = b.store(data, _at(b, args[1], STRIPE * index), align=STRIPE if streaming else 1)
-                if streaming:
+                stored = b.store(data, _at(b, args[1], STRIPE * index), align=alignment)
+                if alignment >= SHORT:
                     _streaming(b, stored)
                 state = _take_in(b, state, data, b.load(_at(b, args[3], 8 * index), align=1))
             state = b.xor(state, b.lshr(state, _all(47)))
@@ -107,7 +117,7 @@ def _block(streaming):
     return intrinsic(block)
 
 
-_copy_block, _stream_block = _block(False), _block(True)
+_copy_block, _stream_short, _stream_block = _block(1), _block(SHORT), _block(STRIPE)
 
 
 @intrinsic
@@ -165,10 +175,13 @@ def _whole_blocks(state, destination, source, length, secret):
     if destination % STRIPE == 0:
         for index in range(blocks):
             _stream_block(state, destination + index * BLOCK, source + index * BLOCK, secret)
-        fence()  # what streams past the caches is seen by others in no order before this
+    elif destination % SHORT == 0:  # where numpy's large arrays begin
+        for index in range(blocks):
+            _stream_short(state, destination + index * BLOCK, source + index * BLOCK, secret)
     else:
         for index in range(blocks):
             _copy_block(state, destination + index * BLOCK, source + index * BLOCK, secret)
+    fence()  # what streams past the caches is seen by others in no order before this
     size = blocks * BLOCK
     if size:
         copy(state + BEFORE, destination + size - STRIPE, STRIPE)

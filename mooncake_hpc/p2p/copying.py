@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 from mooncake_hpc.errors import PeerLost
 from mooncake_hpc.kernels import xxh3
-from mooncake_hpc.memory import data_address
 from mooncake_hpc.p2p.digests import DEFAULT, HASHED_AT_ONCE, hashers
-from mooncake_hpc.p2p.layout import Bytes, Layout, Memory, pair
+from mooncake_hpc.p2p.layout import Layout, Memory, pair
 
 if TYPE_CHECKING:
     from mooncake_hpc.remote import Segment
@@ -18,44 +17,37 @@ Span = tuple[Memory, int, int]  # the object's bytes from here to there, and whe
 
 
 class Copier:
-    """Copies shards out of a peer's memory, which `remote` lays out, into ours."""
+    """Copies shards out of a peer's memory, which `remote` lays out, into ours. It is mapped as long as this is held.
+
+    Raises PeerLost when the peer does not offer all of the object, or not in memory that can be mapped here.
+    """
 
     def __init__(self, segment: Segment, remote: Layout, algorithm: str) -> None:
-        self._segment, self._remote, self._algorithm = segment, remote, algorithm
+        self._segment, self._algorithm = segment, algorithm
+        self._extents = remote.extents(remote.begin, remote.end)
+        views = [segment.mapped(*extent) for extent in self._extents]
+        self._theirs = Memory([view for view in views if view is not None], remote.begin)
+        if any(view is None for view in views):
+            raise PeerLost(f"segment {segment.name!r} does not offer the object in memory that is mapped here")
 
-    def reaches(self, begin: int, end: int) -> bool:
-        """Whether all of the object's bytes from `begin` to `end` are mapped here."""
-        return all(self._segment.mapped(*extent) is not None for extent in self._remote.extents(begin, end))
+    def check(self) -> None:
+        """Raises PeerLost unless the peer still offers all of it: it may be using the memory for something else."""
+        if any(self._segment.mapped(*extent) is None for extent in self._extents):
+            raise PeerLost(f"segment {self._segment.name!r} does not offer the object any more")
 
     def copy(self, spans: Sequence[Span]) -> list[bytes]:
-        """Copy the bytes of each span to its target; the digests of what came. PeerLost when the peer does not offer
-        them any more."""
+        """Copy the bytes of each span to its target; the digests of what came."""
         if self._algorithm != DEFAULT or min(end - begin for _, begin, end in spans) < xxh3.SHORTEST:
             return [self._copy_in_pieces(*span) for span in spans]
-        held, inputs = [], []  # what is read stays mapped as long as the views are held
-        for target, begin, end in spans:
-            extents = []
-            for ours, theirs, nbytes in pair(target, self._remote, begin, end):
-                view = self._view(theirs, nbytes)
-                held.append(view)
-                extents.append((ours, data_address(view), nbytes))
-            inputs.append(extents)
-        return xxh3.copy_and_digest(inputs)
+        return xxh3.copy_and_digest([pair(target, self._theirs, begin, end) for target, begin, end in spans])
 
     def _copy_in_pieces(self, target: Memory, begin: int, end: int) -> bytes:
         hasher, at = hashers(self._algorithm)(), begin
-        for _, theirs, nbytes in pair(target, self._remote, begin, end):
-            view = self._view(theirs, nbytes)
-            for first in range(0, nbytes, HASHED_AT_ONCE):
+        for view in self._theirs.views(begin, end):
+            for first in range(0, view.nbytes, HASHED_AT_ONCE):
                 piece = view[first : first + HASHED_AT_ONCE]
                 for ours in target.views(at, at + piece.nbytes):
                     ours[:] = piece
                     hasher.update(ours)
                 at += piece.nbytes
         return hasher.digest()
-
-    def _view(self, address: int, nbytes: int) -> Bytes:
-        view = self._segment.mapped(address, nbytes)
-        if view is None:
-            raise PeerLost(f"segment {self._segment.name!r} does not offer the object any more")
-        return view

@@ -1,12 +1,13 @@
 """What fetches shards from one source: a thread that keeps a few pieces under way and hashes each as it arrives.
 
-A *piece* is a part of a shard that fits the cache, read by one batch. While one is hashed the next ones are on the
-wire. From a source whose memory is mapped here shards are copied instead. The same thread reads the source's board now
-and then, as long as the source does not hold everything.
+A *piece* is a part of a shard, read by one batch in requests of HASHED_AT_ONCE bytes. Each is hashed as soon as it is
+here: it is in the cache still, and the next ones are on the wire. From a source whose memory is mapped here shards are
+copied instead. The same thread reads the source's board now and then, as long as the source does not hold everything.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import queue
@@ -14,6 +15,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -22,7 +24,7 @@ from mooncake_hpc.errors import MooncakeError, PeerLost, TransferError
 from mooncake_hpc.p2p.board import News, read_board
 from mooncake_hpc.p2p.catalogue import Holder
 from mooncake_hpc.p2p.copying import Copier
-from mooncake_hpc.p2p.digests import Hasher, hashers
+from mooncake_hpc.p2p.digests import HASHED_AT_ONCE, Hasher, hashers
 from mooncake_hpc.p2p.layout import Bytes, Layout, Memory, pair
 from mooncake_hpc.p2p.manifest import Manifest
 from mooncake_hpc.request import READ, REQUEST
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PIECE = (128 << 10, 1 << 20)  # bytes, at least and at most: half of what is asked of a source in advance
+PIECE = (128 << 10, 4 << 20)  # bytes, at least and at most: half of what is asked of a source in advance
 COPIED_AT_ONCE = 16 << 20  # bytes, about, of shards copied in one native call and told of together
 LOOK = 0.05  # seconds between two looks at whether a shard is still wanted
 REST = (0.25, 8.0)  # seconds after a failure until the board is looked at again: at first, and at most
@@ -67,10 +69,11 @@ class Job:
 @dataclass(slots=True)
 class _Piece:
     job: Job
-    begin: int
-    end: int
     batch: Batch
+    ends: list[int]  # where in the object its requests end
+    nbytes: int
     since: float
+    come: int = 0  # requests that are here, and hashed
 
 
 @dataclass(slots=True)
@@ -193,8 +196,8 @@ class Worker:
             segment = self._engine.open_segment(self.holder.segment)
             if segment.descriptor.generation != self.holder.generation:
                 raise PeerLost(f"segment {self.holder.segment!r} now belongs to another process than the record says")
-            copier = Copier(segment, self._remote, self._manifest.algorithm)
-            self._copier = copier if copier.reaches(0, self._manifest.size) else None
+            with contextlib.suppress(PeerLost):  # its memory cannot be mapped here
+                self._copier = Copier(segment, self._remote, self._manifest.algorithm)
             self.transport = segment.transport if self._copier is None else "shm"
             self._segment = segment
         return self._segment
@@ -249,8 +252,8 @@ class Worker:
         if not jobs:
             return
         digests = copier.copy([(job.target, job.begin, job.end) for job in jobs])
-        if not all(copier.reaches(job.begin, job.end) for job in jobs):
-            raise PeerLost(f"segment {self.holder.segment!r} does not offer the object any more")
+        if digests != [self._manifest.digest(job.shard) for job in jobs]:
+            copier.check()  # where the memory is something else now, the source has done no wrong
         for job in jobs:
             self._came(job, job.end)
         self._finish(jobs, digests)
@@ -275,32 +278,42 @@ class Worker:
 
     def _submit(self, job: Job, segment: Segment) -> None:
         begin, end = job.asked, min(job.asked + self._piece, job.end)
-        pairs = pair(job.target, self._remote, begin, end)
-        requests = np.empty(len(pairs), REQUEST)
+        grains = [
+            (ours + at, theirs + at, min(HASHED_AT_ONCE, nbytes - at))
+            for ours, theirs, nbytes in pair(job.target, self._remote, begin, end)
+            for at in range(0, nbytes, HASHED_AT_ONCE)
+        ]
+        requests = np.empty(len(grains), REQUEST)
         requests["opcode"], requests["target_id"] = READ, segment.id
-        requests["local_addr"], requests["remote_addr"], requests["length"] = zip(*pairs, strict=True)
+        requests["local_addr"], requests["remote_addr"], requests["length"] = zip(*grains, strict=True)
         batch = self._engine.submit(requests)
-        self._pieces.append(_Piece(job, begin, end, batch, time.monotonic()))
+        ends = [begin + nbytes for nbytes in accumulate(nbytes for *_, nbytes in grains)]
+        self._pieces.append(_Piece(job, batch, ends, end - begin, time.monotonic()))
         self._bytes += end - begin
         job.asked = end
 
     def _take_in(self, piece: _Piece) -> None:
-        if not piece.batch.join(LOOK):
-            if time.monotonic() - max(piece.since, self._heard) > self._silence:
-                self._silence = min(2 * self._silence, SILENCE[1])
-                raise PeerLost(f"segment {self.holder.segment!r} sends nothing")
-            return
-        if (error := piece.batch.error) is not None:
-            raise error
-        self._pieces.popleft()
-        job = piece.job
-        self._bytes -= piece.end - piece.begin
+        """Hash the piece as it comes, for LOOK seconds without a request at most."""
+        job, batch, at, status = piece.job, piece.batch, piece.job.hashed, 1
         hasher = job.hasher = job.hasher or self._new_hasher()
-        for view in job.target.views(piece.begin, piece.end):
-            hasher.update(view)
-        self._came(job, piece.end)
-        if not job.left:
-            self._finish([job], [hasher.digest()])
+        while piece.come < len(piece.ends) and (status := batch.join_request(piece.come, LOOK)) > 0:
+            end = piece.ends[piece.come]
+            for view in job.target.views(at, end):
+                hasher.update(view)
+            at, piece.come = end, piece.come + 1
+        if at > job.hashed:
+            self._came(job, at)
+        if status > 0:
+            self._pieces.popleft()
+            self._bytes -= piece.nbytes
+            if not job.left:
+                self._finish([job], [hasher.digest()])
+        elif status < 0:
+            batch.join(LOOK)
+            raise batch.error or PeerLost(f"segment {self.holder.segment!r} gives nothing")
+        elif time.monotonic() - max(piece.since, self._heard) > self._silence:
+            self._silence = min(2 * self._silence, SILENCE[1])
+            raise PeerLost(f"segment {self.holder.segment!r} sends nothing")
 
     def _came(self, job: Job, end: int) -> None:
         """The bytes up to `end` are here."""
@@ -328,7 +341,7 @@ class Worker:
         jobs = [*self._jobs]
         self._abort(jobs)
         self._drop_look()
-        self._segment = None
+        self._segment = self._copier = None
         if self._next_look != math.inf:
             self._next_look = time.monotonic() + self._rest
             self._rest = min(2 * self._rest, REST[1])
@@ -337,7 +350,7 @@ class Worker:
     def _abort(self, jobs: list[Job]) -> None:
         for piece in [piece for piece in self._pieces if piece.job in jobs]:
             self._pieces.remove(piece)
-            self._bytes -= piece.end - piece.begin
+            self._bytes -= piece.nbytes
             end_batch(piece.batch)
         for job in jobs:
             if job in self._jobs:

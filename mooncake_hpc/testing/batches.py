@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mooncake_hpc import READ, REQUEST, WRITE
-from mooncake_hpc.errors import ConfigError, TransferError, TransferTimeout
+from mooncake_hpc.errors import AddressRejected, ConfigError, TransferError, TransferTimeout
 from mooncake_hpc.testing.link import Link, Linked, address, requests, run_threads
 from mooncake_hpc.testing.peer import digest, pattern
 
@@ -132,8 +132,40 @@ class BatchConformance(Linked):
         time.sleep(0.2)
         assert (link.local == 33).all()
 
-    @pytest.mark.parametrize("length", [8, 1 << 20])
-    def test_transfers_interrupted_at_random_points(self, link: Link, length: int) -> None:
+    def test_repeat(self, link: Link) -> None:
+        link.local[:] = pattern(27, self.arena)
+        records = requests(link.request(WRITE, 0, 0, 1 << 20), link.request(WRITE, 1 << 20, 1 << 20, 1 << 20))
+        before, latencies = sum(link.engine.lane_bytes().values()), np.zeros(30, np.int64)
+        began = time.monotonic_ns()
+        assert link.engine.repeat(records, latencies, 60) == 30
+        assert (latencies > 0).all() and latencies.sum() <= time.monotonic_ns() - began
+        assert sum(link.engine.lane_bytes().values()) == before + 30 * (2 << 20)
+        assert link.remote_digest(0, 2 << 20) == digest(link.local[: 2 << 20])
+        latencies[:] = 0
+        assert link.engine.repeat(records, latencies, 0) == 1
+        assert latencies[0] > 0 and not latencies[1:].any()
+        with pytest.raises(ConfigError, match="latencies"):
+            link.engine.repeat(records, np.zeros(3, np.int32), 1)
+        with pytest.raises(AddressRejected):
+            link.engine.repeat(requests(link.request(WRITE, 0, self.arena, 4096)), latencies, 1)
+
+    def test_batches_longer_than_a_native_call_are_repeated(self, link: Link) -> None:
+        many, latencies = [link.request(READ, 0, 0, self.arena)] * 6, np.zeros(2, np.int64)
+        assert link.engine.repeat(requests(*many), latencies, 60) == 2
+        assert (latencies > 0).all()
+
+    def test_repeat_that_times_out_gives_the_memory_back(self, link: Link) -> None:
+        link.peer.call("fill", link.remote, 21)
+        latencies = np.zeros(5, np.int64)
+        with pytest.raises(TransferTimeout):
+            link.engine.repeat(requests(*[link.request(READ, 0, 0, self.arena)] * 20), latencies, 60, timeout=0.002)
+        assert not latencies.any()
+        link.local[:] = 33
+        time.sleep(0.2)
+        assert (link.local == 33).all()
+
+    @pytest.mark.parametrize(("length", "times"), [(8, 1), (1 << 20, 1), (8, 50)])
+    def test_transfers_interrupted_at_random_points(self, link: Link, length: int, times: int) -> None:
         """As by Ctrl-C: the memory is the caller's again, the queue goes on, and the next transfer moves its bytes."""
 
         alarms = 0
@@ -146,9 +178,12 @@ class BatchConformance(Linked):
         def transfer_until_then(round: int) -> None:
             signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 2e-4))
             while alarms == round:
-                link.engine.transfer(requests(link.request(READ, 0, 0, length)))
+                if times == 1:
+                    link.engine.transfer(requests(link.request(READ, 0, 0, length)))
+                else:
+                    link.engine.repeat(requests(link.request(READ, 0, 0, length)), latencies, 1)
 
-        chance, interrupted = random.Random(26), 0
+        chance, interrupted, latencies = random.Random(26), 0, np.zeros(times, np.int64)
         before = signal.signal(signal.SIGALRM, interrupt)
         try:
             for round in range(200):

@@ -8,13 +8,14 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mooncake_hpc.errors import PeerLost, TransferTimeout
 from mooncake_hpc.kernels import lane as layout
+from mooncake_hpc.kernels import leader
+from mooncake_hpc.kernels.native import Entry
 
 if TYPE_CHECKING:
     from mooncake_hpc.batch import Batch
@@ -25,9 +26,9 @@ DEPTH = 1024  # batches in a lane's queue; more wait in `push`
 SPIN = 50_000  # ns: longer than a loopback round trip, shorter than what a sleep and a wake-up cost
 
 SHARED_KERNELS = (  # what this module and `batch` call; transports compile them ahead with their own
-    layout.enqueue, layout.await_room, layout.hurry, layout.seize, layout.go_up, layout.await_work, layout.hand_over,
-    layout.await_batch, layout.ring_thread, layout.ring_leader, layout.abandon, layout.finish_head, layout.fail_all,
-    layout.drop_cancelled,
+    layout.enqueue, layout.await_room, layout.hurry, layout.seize, layout.go_up, layout.ring_thread, layout.ring_leader,
+    layout.abandon, layout.finish_head, layout.fail_all, layout.drop_cancelled, leader.drive, leader.attend,
+    leader.await_work, leader.hand_over, leader.await_batch, leader.await_request,
 )  # fmt: skip
 
 
@@ -37,14 +38,13 @@ def spin_time() -> int:
 
 
 class Lane(ABC):
-    """Carries slices to and from one peer in order. Subclasses name two kernels and repair the connection.
+    """Carries slices to and from one peer in order. Subclasses say how bytes are moved, and repair the connection.
 
-    `drive(lane, batch, until)` moves bytes for whoever waits, `attend(lane)` for those that nobody waits on; both
-    return when the lane is DOWN, upon which its thread calls `repair`.
+    `lead(lane, batch, until)` moves bytes for `leader.drive`, which whoever waits calls, and the lane's thread for what
+    nobody waits on. Once a lane is DOWN its thread calls `repair`.
     """
 
-    drive_kernel: Callable[[int, int, int], int]
-    attend_kernel: Any
+    lead: Entry
 
     def __init__(self, name: str, peer: str, patience: float) -> None:
         self.name, self.peer = name, peer
@@ -58,6 +58,7 @@ class Lane(ABC):
         self._set(layout.DEPTH, DEPTH)
         self._set(layout.DOORBELL, self._doorbell)
         self._set(layout.LANE_ONE, 1)
+        self._set(layout.LEAD, self.lead.address)
         self._set(layout.SPIN, spin_time())
         self._set(layout.PATIENCE, int(patience * 1e9))
         self._lock = threading.Lock()
@@ -123,7 +124,17 @@ class Lane(ABC):
 
     def drive(self, batch: int, until: int) -> int:
         """Move bytes or wait, at most until `until` (time.monotonic_ns()), for the batch at this address."""
-        return self.drive_kernel(self.address, batch, until)
+        code: int = leader.drive(self.address, batch, until)
+        return code
+
+    def drive_to(self, batch: int, request: int, until: int) -> None:
+        """As `drive`, until this one of the batch's requests is done."""
+        leader.await_request(self.address, batch, request, until)
+        self.driven()
+
+    def driven(self) -> None:
+        """Called after native calls that have driven the lane."""
+        return
 
     def hurry(self) -> None:
         """Have the lane's thread move the queue at once: somebody waits who cannot."""
@@ -175,11 +186,11 @@ class Lane(ABC):
     def _run(self) -> None:
         while self._get(layout.STATE) != layout.CLOSED:
             try:
-                self.attend_kernel(self.address)
+                leader.attend(self.address)
                 self.tend()
                 if self._get(layout.STATE) == layout.DOWN:
                     self._repair()
-                    layout.await_work(self.address)
+                    leader.await_work(self.address)
             except Exception:
                 log.exception("%s: lane %s", self.peer, self.name)
                 time.sleep(0.05)

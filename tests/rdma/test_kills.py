@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("forked_peers")]
 
 SIZE = 256 << 10
 POINTS = 200
-TOGETHER = 8  # victims at a time: most of a point is the wait for a device to give a dead peer up
+TOGETHER = 20  # victims at a time: most of a point is the wait for a device to give a dead peer up
 RPC_PORT = 17800  # of the first victim
 ARRIVAL_TIMEOUT = 60.0  # seconds
 SPAN = 0.08  # seconds, in which a few transfers of each direction begin and end

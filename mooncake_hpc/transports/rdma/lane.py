@@ -12,7 +12,7 @@ import numpy as np
 
 from mooncake_hpc.errors import DeviceError, MooncakeError, PeerLost
 from mooncake_hpc.kernels import lane as layout
-from mooncake_hpc.kernels import rails, rdma_post, slicer
+from mooncake_hpc.kernels import leader, rails, rdma_post, slicer
 from mooncake_hpc.kernels import rdma as native
 from mooncake_hpc.kernels import verbs as verbs_layout
 from mooncake_hpc.segment import SegmentDescriptor
@@ -62,8 +62,7 @@ class LaneBlock:
 class RdmaLane(Lane):
     """Everything to one peer. A broken rail is flushed before its slices go over another."""
 
-    drive_kernel = staticmethod(native.drive)
-    attend_kernel = staticmethod(native.attend)
+    lead = native.lead
 
     def __init__(
         self, peer: Peer, nics: Sequence[Nic], topology: Topology, pool: Pool, regions: Regions, keys: KeyTables,
@@ -90,9 +89,12 @@ class RdmaLane(Lane):
 
     def drive(self, batch: int, until: int) -> int:
         code = super().drive(batch, until)
+        self.driven()
+        return code
+
+    def driven(self) -> None:
         if self._get(rails.SLEEPS) - self._drained > UNDRAINED:
             self._drain_events()
-        return code
 
     def interrupt(self) -> None:
         for rail in list(self._rails):
@@ -101,7 +103,7 @@ class RdmaLane(Lane):
 
     def wake(self) -> None:
         """Have the lane's thread look after the rails."""
-        self._set(rails.WANTED, 1)
+        self._set(layout.WANTED, 1)
         layout.ring_thread(self.address)
         layout.ring_leader(self.address)
 
@@ -141,9 +143,9 @@ class RdmaLane(Lane):
     # --- the lane's thread ----------------------------------------------------------------------------------
 
     def tend(self) -> None:
-        if not self._get(rails.WANTED):
+        if not self._get(layout.WANTED):
             return
-        self._set(rails.WANTED, 0)
+        self._set(layout.WANTED, 0)
         if self._get(rails.STALE):
             self._refresh()
         self._bury()
@@ -184,17 +186,17 @@ class RdmaLane(Lane):
     @contextlib.contextmanager
     def _owned(self) -> Iterator[None]:
         """Be the lane's owner for a moment."""
-        self._set(rails.YIELD, 1)
+        self._set(layout.YIELD, 1)
         layout.ring_leader(self.address)
         try:
             if not layout.seize(self.address, time.monotonic_ns() + SEIZE_TIMEOUT):
                 raise PeerLost(f"{self.peer}: the RDMA lane is stuck")
         finally:
-            self._set(rails.YIELD, 0)
+            self._set(layout.YIELD, 0)
         try:
             yield
         finally:
-            layout.hand_over(self.address)
+            leader.hand_over(self.address)
 
     def _bury(self, owned: bool = False) -> None:
         """Flush broken rails, see all that was under way come back, and take them out."""

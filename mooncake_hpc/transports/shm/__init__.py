@@ -21,7 +21,7 @@ class ShmTransport(Transport):
     name = "shm"
 
     def __init__(self) -> None:
-        compile_ahead(shm.drive, shm.attend, *SHARED_KERNELS)
+        compile_ahead(shm.lead, *SHARED_KERNELS)
         self._server = ShmServer()
 
     def export(self, registrations: Sequence[Registration], *, shrinks: bool) -> None:

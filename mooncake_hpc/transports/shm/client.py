@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from mooncake_hpc.errors import MooncakeError, PeerLost
 from mooncake_hpc.kernels import lane as layout
-from mooncake_hpc.kernels import ranges
+from mooncake_hpc.kernels import leader, ranges
 from mooncake_hpc.kernels import shm as native
 from mooncake_hpc.memory import Bytes, MemoryFile
 from mooncake_hpc.segment import SegmentDescriptor
@@ -55,8 +55,7 @@ class Maps:
 class ShmLane(Lane):
     """One Unix socket, which tells that the peer lives, and the maps that came over it."""
 
-    drive_kernel = staticmethod(native.drive)
-    attend_kernel = staticmethod(native.attend)
+    lead = native.lead
 
     def __init__(self, name: str, peer: str, connection: socket.socket) -> None:
         super().__init__(name, peer, patience=1e9)
@@ -84,7 +83,7 @@ class ShmLane(Lane):
         try:
             self._update()
         finally:
-            layout.hand_over(self.address)
+            leader.hand_over(self.address)
 
     def view(self, address: int, nbytes: int) -> Bytes | None:
         """As `Maps.view`, of the peer's present registrations; None too when the peer is gone."""

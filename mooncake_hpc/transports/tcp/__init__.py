@@ -15,7 +15,7 @@ from mooncake_hpc.transports.lane import SHARED_KERNELS
 from mooncake_hpc.transports.tcp.client import TcpRoute
 from mooncake_hpc.transports.tcp.server import TcpServer
 
-CLIENT_KERNELS = tcp_client.drive, tcp_client.attend, tcp_lists.reset, tcp_lists.writes_in_flight
+CLIENT_KERNELS = tcp_client.lead, tcp_lists.reset, tcp_lists.writes_in_flight
 
 
 class TcpTransport(Transport):

@@ -56,8 +56,7 @@ class Unfenced:
 class TcpLane(Lane):
     """One connection at a time. A broken one is fenced before its slices go over the next."""
 
-    drive_kernel = staticmethod(tcp_client.drive)
-    attend_kernel = staticmethod(tcp_client.attend)
+    lead = tcp_client.lead
 
     def __init__(self, name: str, peer: Peer, settings: Settings, unfenced: Unfenced) -> None:
         super().__init__(name, peer.name, settings.tcp_progress_timeout)
