@@ -1,7 +1,7 @@
 """The floor: a bare numba `send`/`recv` loop over one connection, and memcpy, over blocks such as the bench's.
 
 raw.py stream --footprint N --call N --seconds S    two processes, one direction; a line of JSON
-raw.py hashed --footprint N --call N --seconds S    as stream, and each call's bytes are hashed as a reader of objects does
+raw.py hashed --footprint N --call N --seconds S    as stream, with a digest of each call's bytes
 raw.py memcpy --footprint N --call N --seconds S    np.copyto between two warm memory files
 """
 
