@@ -18,6 +18,7 @@ from mooncake_hpc.kernels.native import (
     futex_wait,
     futex_wake,
     get,
+    get_byte,
     kernel,
     load,
     now,
@@ -80,13 +81,14 @@ SLICES, ROOM = 96, 104  # address of the slices, and how many there is room for
 DONE_AT = 112  # address of an int64 a request, to be given the time when it is done; or 0
 QUEUED = 120  # of `slicer.repeat`: what is in a lane's queue
 STARTED = 128  # of `slicer.repeat`: when that was submitted
+GOAL = 136  # address of the status of a request that somebody waits for, or 0
 BATCH_WORDS = 18
 
 # --- failure codes of a slice, negative as bytes
 REJECTED, LOST, TIMED_OUT, CANCELLED, MALFORMED = -1, -2, -3, -4, -5
 
 # --- what `drive` returns
-FINISHED, AGAIN, BROKEN, EMPTY = 0, 1, 2, 3
+FINISHED, AGAIN, BROKEN, EMPTY, REACHED = 0, 1, 2, 3, 4
 
 
 @kernel
@@ -115,6 +117,18 @@ def finish_slice(batch, meta, code):
             futex_wake(batch + WORD, 1 << 30)
         if event >= 0:
             write(event, batch + BATCH_ONE, 8)
+
+
+@kernel
+def outcome(batch):
+    """FINISHED: the batch is done; REACHED: the request that somebody waits for; else AGAIN."""
+    if load(batch + WORD) & 1:
+        return FINISHED
+    goal = get(batch + GOAL)
+    if goal != 0 and get_byte(goal) != 0:
+        put(batch + GOAL, 0)
+        return REACHED
+    return AGAIN
 
 
 @kernel

@@ -16,11 +16,13 @@ from mooncake_hpc.kernels.lane import (
     ENTRY,
     ENTRY_BATCH,
     FINISHED,
+    GOAL,
     HEAD,
     LEAD,
     LOOK,
     OWNER,
     PROGRESS,
+    REACHED,
     RESTING,
     RING,
     STATE,
@@ -53,7 +55,7 @@ from mooncake_hpc.kernels.native import (
 GRACE = 1_000_000  # ns: the lane's thread leaves a queue to its waiters this long
 LONGEST = 8_000_000  # ns: and looks at it this seldom where it was never needed
 LINGER = 100_000_000  # ns: until this long after the last traffic
-LOOKS = 10_000, 2_000_000  # ns between two looks at whether a request is done: at first, and at most
+LOOKS = 2_000_000  # ns between two looks at a request that another thread moves
 NAP = 50_000_000  # ns that the lane's thread leads at a time
 
 
@@ -105,7 +107,7 @@ def await_batch(batch, until):
 def drive(lane, batch, until):
     """Wait for `batch` (0: everything) until `until`: move the lane's bytes, or sleep while another thread does.
 
-    EMPTY: this lane holds nothing more of the batch, which another lane still carries.
+    EMPTY: this lane holds nothing more of the batch, which another lane still carries. REACHED: as `lane.outcome`.
     """
     while True:
         if batch != 0 and load(batch + WORD) & 1:
@@ -122,7 +124,7 @@ def drive(lane, batch, until):
                 compare_exchange(lane + STATE, UP, DOWN)  # not when it was closed meanwhile
                 ring_thread(lane)
             hand_over(lane)
-            if code in (FINISHED, EMPTY):
+            if code in (FINISHED, EMPTY, REACHED):
                 return code
         elif batch == 0:
             return AGAIN
@@ -135,13 +137,11 @@ def drive(lane, batch, until):
 @kernel
 def await_request(lane, batch, request, until):
     """Drive the lane until this one of the batch's requests is done, or `until`."""
-    status, pause = get(batch + STATUS) + request, 0
-    while get_byte(status) == 0:
-        time = now()
-        if time >= until:
-            return
-        drive(lane, batch, min(until, time + pause))
-        pause = min(LOOKS[1], max(LOOKS[0], 2 * pause))
+    status = get(batch + STATUS) + request
+    while get_byte(status) == 0 and now() < until:
+        put(batch + GOAL, status)
+        drive(lane, batch, min(until, now() + LOOKS))
+    put(batch + GOAL, 0)
 
 
 @kernel

@@ -32,8 +32,8 @@ from mooncake_hpc.kernels.lane import (
     SPIN,
     TAIL,
     TIMED_OUT,
-    WORD,
     YIELD,
+    outcome,
 )
 from mooncake_hpc.kernels.native import (
     Entry,
@@ -267,9 +267,11 @@ def lead(lane, batch, until):
         put(lane + TURN, get(lane + TURN) + 1)
         moved = post(lane)
         moved += _poll(lane)
-        if batch != 0 and load(batch + WORD) & 1:
-            retire_entries(lane)
-            return FINISHED
+        if batch != 0:
+            code = outcome(batch)
+            if code != AGAIN:
+                retire_entries(lane)
+                return code
         if moved == 0:
             retire_entries(lane)  # of cancelled and refused slices
         if get(lane + HEAD) == load(lane + TAIL):

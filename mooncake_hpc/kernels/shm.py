@@ -30,6 +30,7 @@ from mooncake_hpc.kernels.lane import (
     WRITING,
     finish_head,
     head_entry,
+    outcome,
 )
 from mooncake_hpc.kernels.native import (
     Entry,
@@ -139,8 +140,10 @@ def lead(lane, batch, until):
     while True:
         if _turn(lane, batch) == BROKEN:
             return BROKEN
-        if batch != 0 and load(batch + WORD) & 1:
-            return FINISHED
+        if batch != 0:
+            code = outcome(batch)
+            if code != AGAIN:
+                return code
         if get(lane + HEAD) == load(lane + TAIL):
             return FINISHED if batch == 0 else EMPTY
         time = now()

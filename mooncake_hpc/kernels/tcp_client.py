@@ -17,7 +17,7 @@ from mooncake_hpc.kernels.lane import (
     SPIN,
     TAIL,
     TIMED_OUT,
-    WORD,
+    outcome,
 )
 from mooncake_hpc.kernels.native import (
     Entry,
@@ -131,8 +131,10 @@ def lead(lane, batch, until):
         if code != 0:
             put(lane + CAUSE, code)
             return BROKEN
-        if batch != 0 and load(batch + WORD) & 1:
-            return FINISHED
+        if batch != 0:
+            code = outcome(batch)
+            if code != AGAIN:
+                return code
         if get(lane + HEAD) == load(lane + TAIL):
             return FINISHED if batch == 0 else EMPTY
         if got < 0:

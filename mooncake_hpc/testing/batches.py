@@ -132,6 +132,24 @@ class BatchConformance(Linked):
         time.sleep(0.2)
         assert (link.local == 33).all()
 
+    def test_requests_waited_for_one_by_one(self, link: Link) -> None:
+        """What one reads is there once it is done, whatever becomes of those after it."""
+        link.peer.call("fill", link.remote, 28)
+        expected, size = pattern(28, self.arena), self.arena // 40
+        link.local[:] = 0
+        batch = link.engine.submit(requests(*[link.request(READ, at, at, size) for at in range(0, 40 * size, size)]))
+        for number in range(40):
+            while not (status := batch.join_request(number, 10)):
+                pass
+            assert status == 1
+            part = slice(number * size, (number + 1) * size)
+            assert (link.local[part] == expected[part]).all()
+        batch.wait(10)
+        many = link.engine.submit(requests(*[link.request(READ, 0, 0, self.arena)] * 20))
+        assert many.join_request(19, 0.001) == 0
+        many.cancel()
+        assert many.join_request(19, 10) < 0
+
     def test_repeat(self, link: Link) -> None:
         link.local[:] = pattern(27, self.arena)
         records = requests(link.request(WRITE, 0, 0, 1 << 20), link.request(WRITE, 1 << 20, 1 << 20, 1 << 20))
