@@ -34,6 +34,7 @@ from mooncake_hpc.kernels.lane import (
     WANTED,
     WORD,
     YIELD,
+    outcome,
     ring_thread,
 )
 from mooncake_hpc.kernels.native import (
@@ -79,12 +80,12 @@ def hand_over(lane):
 
 @kernel
 def follow(lane, batch, until):
-    """Sleep until the batch is done, the lane has no leader, or `until`."""
+    """Sleep until the batch is done, the lane has no leader, it is time to look at a request, or `until`."""
     fetch_add(batch + WAITERS, 1)
     word = load(batch + WORD)
     left = until - now()
     if word & 1 == 0 and load(lane + OWNER) != 0 and left > 0:
-        futex_wait(batch + WORD, word, left)
+        futex_wait(batch + WORD, word, left if get(batch + GOAL) == 0 else min(left, LOOKS))
     fetch_add(batch + WAITERS, -1)
 
 
@@ -110,8 +111,10 @@ def drive(lane, batch, until):
     EMPTY: this lane holds nothing more of the batch, which another lane still carries. REACHED: as `lane.outcome`.
     """
     while True:
-        if batch != 0 and load(batch + WORD) & 1:
-            return FINISHED
+        if batch != 0:
+            code = outcome(batch)
+            if code != AGAIN:
+                return code
         if load(lane + STATE) != UP:
             if batch == 0:
                 return BROKEN
@@ -140,7 +143,7 @@ def await_request(lane, batch, request, until):
     status = get(batch + STATUS) + request
     while get_byte(status) == 0 and now() < until:
         put(batch + GOAL, status)
-        drive(lane, batch, min(until, now() + LOOKS))
+        drive(lane, batch, until)
     put(batch + GOAL, 0)
 
 
