@@ -181,6 +181,7 @@ class CompletionQueue:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK)
         self.done: collections.deque[tuple[int, int]] = collections.deque()  # work request, status
         self.armed = False
+        self.drained = 0
         self.handle = next(fabric.numbers)
         fabric.queues[self.handle] = self
 
@@ -192,6 +193,7 @@ class CompletionQueue:
             os.eventfd_write(self.fd, 1)
 
     def drain_events(self) -> None:
+        self.drained += 1
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.fd)
 

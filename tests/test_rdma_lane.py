@@ -21,6 +21,8 @@ from fake_fabric import Fabric
 
 from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
 from mooncake_hpc.errors import AddressRejected, PeerLost, TransferCancelled, TransferError, TransferTimeout
+from mooncake_hpc.kernels import rails
+from mooncake_hpc.kernels.rdma import UNDRAINED
 from mooncake_hpc.settings import RdmaSettings, Settings
 from mooncake_hpc.testing.peer import pattern
 from mooncake_hpc.transports.rdma.handshake import Hello
@@ -178,6 +180,24 @@ def test_a_batch_that_waits_for_the_device_takes_no_processor(fabric: Fabric) ->
         assert time.process_time() - used < 0.3
         fabric.release()
         batch.wait(10)
+
+
+def test_events_that_only_woke_somebody_are_taken_out_now_and_then(fabric: Fabric) -> None:
+    with pair("a", "b") as link:
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        (lane,) = link.segment.routes[0].lanes
+        (queue,) = {made.queue for made in fabric.pairs.values() if made.device == "a"}
+        before = queue.drained
+        lane.words[rails.SLEEPS // 8] = UNDRAINED - 1
+        fabric.held = True
+        batch = link.submit(link.request(WRITE, 0, 0, 1 << 20))
+        assert not batch.join(0.1)
+        fabric.release()
+        batch.wait(10)
+        deadline = time.monotonic() + 10
+        while queue.drained == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_a_device_that_carries_out_what_is_posted_at_once(fabric: Fabric) -> None:

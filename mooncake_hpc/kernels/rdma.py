@@ -32,8 +32,10 @@ from mooncake_hpc.kernels.lane import (
     SPIN,
     TAIL,
     TIMED_OUT,
+    WANTED,
     YIELD,
     outcome,
+    ring_thread,
 )
 from mooncake_hpc.kernels.native import (
     Entry,
@@ -240,6 +242,9 @@ def drop_cancelled(lane):
     retire_entries(lane)
 
 
+UNDRAINED = 1024  # events left in the completion channels, at about 100 bytes in the kernel
+
+
 @kernel
 def _sleep(lane, left):
     """Sleep until something completes, the doorbell rings or `left` ns have passed (at most NAP)."""
@@ -254,6 +259,9 @@ def _sleep(lane, left):
     if _poll(lane) == 0 and load(lane + TAIL) == get(lane + FULL_SEQ) and load(lane + YIELD) == 0:
         milliseconds = (min(left, NAP) + 999_999) // 1_000_000
         put(lane + SLEEPS, get(lane + SLEEPS) + 1)
+        if get(lane + SLEEPS) % UNDRAINED == 0:  # Python takes them out
+            store(lane + WANTED, 1)
+            ring_thread(lane)
         epoll_wait(get(lane + EPOLL), get(lane + EVENTS), MAX_EVENTS, milliseconds)
         read(get(lane + DOORBELL), lane + SCRATCH, 8)
     store(lane + ASLEEP, 0)

@@ -80,10 +80,6 @@ class Lane(ABC):
         """The number of the last entry queued so far."""
         return self._get(layout.TAIL)
 
-    def has_left(self, number: int) -> bool:
-        """Whether entry `number` is out of the queue, so that no thread looks at its batch any more."""
-        return self._head[0] >= number
-
     def keep(self, number: int, batch: Batch) -> None:
         """Hold a queued batch until its entry has left the queue, and `drop_done` or `keep` is called."""
         self.drop_done()
@@ -130,11 +126,6 @@ class Lane(ABC):
     def drive_to(self, batch: int, request: int, until: int) -> None:
         """As `drive`, until this one of the batch's requests is done."""
         leader.await_request(self.address, batch, request, until)
-        self.driven()
-
-    def driven(self) -> None:
-        """Called after native calls that have driven the lane."""
-        return
 
     def hurry(self) -> None:
         """Have the lane's thread move the queue at once: somebody waits who cannot."""

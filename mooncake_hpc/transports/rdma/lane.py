@@ -35,7 +35,6 @@ FLUSH_TIMEOUT = 2.0  # seconds for a device to give back what was under way, aft
 WINDOW = 1 << 20  # bytes under way a rail where there are several
 SEIZE_TIMEOUT = 5_000_000_000  # ns
 SPIN_FACTOR = 4  # of what other lanes poll: the peer needs no core of ours to answer
-UNDRAINED = 1024  # events left in the channels, at about 100 bytes in the kernel
 
 
 class LaneBlock:
@@ -82,19 +81,9 @@ class RdmaLane(Lane):
         self._epoll = select.epoll()
         self._epoll.register(self._doorbell, select.EPOLLIN)
         self._set(rails.EPOLL, self._epoll.fileno())
-        self._drained = 0
         self._thread.start()
 
     # --- what others call -----------------------------------------------------------------------------------
-
-    def drive(self, batch: int, until: int) -> int:
-        code = super().drive(batch, until)
-        self.driven()
-        return code
-
-    def driven(self) -> None:
-        if self._get(rails.SLEEPS) - self._drained > UNDRAINED:
-            self._drain_events()
 
     def interrupt(self) -> None:
         for rail in list(self._rails):
@@ -146,6 +135,7 @@ class RdmaLane(Lane):
         if not self._get(layout.WANTED):
             return
         self._set(layout.WANTED, 0)
+        self._drain_events()
         if self._get(rails.STALE):
             self._refresh()
         self._bury()
@@ -344,7 +334,6 @@ class RdmaLane(Lane):
         self.wake()
 
     def _drain_events(self) -> None:
-        self._drained = self._get(rails.SLEEPS)
         for rail in list(self._rails):
             if not rail.endpoint.gone:
                 rail.endpoint.queue.drain_events()
