@@ -1,9 +1,7 @@
 """The queue of a lane and the state of a batch: what every transport's kernels share.
 
 A *lane* carries slices in order. Its queue holds *entries* (one a batch and lane), not slices, so the number of
-requests in flight has no limit of its own. There is no thread that has to be woken for a batch: whoever waits
-becomes the *leader*, takes the lane's OWNER word and moves everybody's bytes until its own batch is done; others
-sleep on their batch. The lane's own thread is a backstop for queues that nobody waits on, and repairs connections.
+requests in flight has no limit of its own. Who moves their bytes is in `kernels.leader`.
 
 All state is int64 words in blocks owned by Python; a constant below is a word's byte offset in its block.
 """

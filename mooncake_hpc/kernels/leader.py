@@ -1,7 +1,8 @@
 """Who moves a lane's bytes: a thread that waits for some of them, else the lane's own.
 
-Whoever waits becomes the *leader*: it takes the lane's OWNER word and moves everybody's bytes, by the transport's
-`lead`, until its own batch is done; the others sleep on their batches, and one of them leads next.
+There is no thread that has to be woken for a batch. Whoever waits becomes the *leader*: it takes the lane's OWNER word
+and moves everybody's bytes, by the transport's `lead`, until its own batch is done; the others sleep on their batches,
+and one of them leads next. The lane's own thread is a backstop for queues that nobody waits on.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """From a batch's requests to slices, in one call for the usual case of one peer, one route and one lane.
 
-These kernels are short and hold the GIL: no thread changes tables, routes or a lane's queue meanwhile.
+These kernels are short and hold the GIL: no thread changes tables, routes or a lane's queue meanwhile. `repeat` takes
+it for each submission, and lets go of it while it waits.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ SEGMENTS, SEGMENT_COUNT = 16, 24  # address of an array: by target id the block 
 ENGINE_WORDS = 8
 
 TARGET_BITS = 20
+REFUSED = -1  # in a batch's QUEUED word: `submit` took nothing
+LEAVE = 1_000  # ns for the leader of a lane to take an entry out of the queue once its batch is done
 
 
 @brief
@@ -189,10 +192,6 @@ def submit(batch, count, engine):
         put(batch + REMAINING, 0)
         return 0
     return number << TARGET_BITS | target
-
-
-LEAVE = 1_000  # ns for the leader of a lane to take an entry out of the queue once its batch is done
-REFUSED = -1
 
 
 @kernel
