@@ -126,6 +126,11 @@ def devices(sysfs: Path = SYSFS, devfs: Path = DEVFS) -> list[Device]:
     return [_device(entry, devfs) for entry in sorted(folder.iterdir())] if folder.is_dir() else []
 
 
+def device(name: str, sysfs: Path = SYSFS, devfs: Path = DEVFS) -> Device:
+    """The RDMA device of that name; without ports where there is none."""
+    return _device(sysfs / "class/infiniband" / name, devfs)
+
+
 def _device(folder: Path, devfs: Path) -> Device:
     ports = sorted(int(port.name) for port in folder.glob("ports/*"))
     active = [port for port in ports if _line(folder / f"ports/{port}/state").startswith("4:")]  # "4: ACTIVE"

@@ -19,6 +19,8 @@ import pytest
 if TYPE_CHECKING:
     from sandbox import Sandbox, SiteEtcd
 
+    from mooncake_hpc.testing.nursery import Nursery
+
 ROOT = Path(__file__).resolve().parent.parent
 RDMA_WAY = os.environ.get("MOONCAKE_TEST_RDMA", "")  # set by launch/_rdma.sh: native, rxe or guest
 # As launch/_env.sh: numba looks at the file of a kernel only, not at those of the kernels that are compiled into it.
@@ -82,13 +84,13 @@ def nics() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def forked_peers(nics: list[str]) -> Iterator[None]:
-    """Peers are forked from one process from now on: to start each costs seconds in an emulated guest."""
+def forked_peers(nics: list[str]) -> Iterator[Nursery]:
+    """Peers are forked from this process from now on: to start each costs seconds in an emulated guest."""
     from mooncake_hpc.testing import peer
     from mooncake_hpc.testing.nursery import Nursery
 
     with Nursery("rdma", "tcp") as peer.nursery:
-        yield
+        yield peer.nursery
     peer.nursery = None
 
 

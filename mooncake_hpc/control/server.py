@@ -8,8 +8,9 @@ off when they run out.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
-import random
+import secrets
 import socket
 import threading
 import time
@@ -77,18 +78,18 @@ class Handlers:
 def open_rpc_listener(
     name: str, host: str, settings: Settings, *, peer_to_peer: bool = False, bind_all: bool = False
 ) -> socket.socket:
-    """Listen for RPC on `host`: on a random free port of MC_MIN_RPC_PORT to MC_MAX_RPC_PORT, or on the port
-    of the segment `name` with MC_LEGACY_RPC_PORT_BINDING. In P2PHANDSHAKE mode the name's port is ignored, as
-    by the original. Raises ConfigError when no port is free.
+    """Listen for RPC on `host`: on the first free port, from a random one on, of MC_MIN_RPC_PORT to MC_MAX_RPC_PORT,
+    or on the port of the segment `name` with MC_LEGACY_RPC_PORT_BINDING. In P2PHANDSHAKE mode the name's port is
+    ignored, as by the original. Raises ConfigError when no port is free.
     """
     if settings.legacy_rpc_port and not peer_to_peer:
-        ports = [split(name, settings.handshake_port)[1]]
-        return bind_listener(host, ports, bind_all, settings.handshake_backlog, "--local_server_name")
+        port = split(name, settings.handshake_port)[1]
+        return bind_listener(host, [port], bind_all, settings.handshake_backlog, "--local_server_name")
     low, high = settings.rpc_port_min, settings.rpc_port_max
     if low > high:
         raise ConfigError(f"MC_MIN_RPC_PORT={low} is above MC_MAX_RPC_PORT={high}")
-    ports = list(range(low, high + 1))
-    random.SystemRandom().shuffle(ports)  # not the global generator: its state is the caller's
+    first = low + secrets.randbelow(high + 1 - low)
+    ports = itertools.chain(range(first, high + 1), range(low, first))
     hint = "MC_MIN_RPC_PORT and MC_MAX_RPC_PORT"
     return bind_listener(host, ports, bind_all, settings.handshake_backlog, hint)
 

@@ -1,4 +1,5 @@
-"""Peers without their start-up: a process that has loaded everything forks them, in milliseconds instead of seconds.
+"""Peers without their start-up: a process that has loaded everything forks them, in milliseconds instead of seconds;
+and other programs of ours.
 
 `Nursery` is the test's side; `python -m mooncake_hpc.testing.nursery FD PROTOCOL…` is the process, which ends with its
 socket FD. It has moved bytes over the protocols once, so that all kernels are loaded, and has no thread when it forks.
@@ -8,6 +9,7 @@ Where every start costs much, as in an emulated guest, a test session sets `peer
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import select
@@ -17,11 +19,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, Self
 
 START_TIMEOUT = 280.0  # seconds; emulated and with other work beside it, it takes half a minute
 FORK_TIMEOUT = 30.0
 LONGEST = 1 << 20  # bytes of a request
+PROGRAM = "-c"
 
 
 class Forked:
@@ -62,8 +66,27 @@ class Nursery:
         self._socket, self._lock = ours, threading.Lock()
         self._ready = False
 
+    def run(self, program: str, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 60.0) -> str:
+        """What the program, a Python text, writes to its standard output and, by an exception, to standard error.
+
+        Raises OSError when the nursery has ended, subprocess.TimeoutExpired.
+        """
+        child = self.start([PROGRAM, program, *arguments], env)
+        child.stdin.close()
+        with child.stdout, ThreadPoolExecutor(1) as reader:
+            said = reader.submit(child.stdout.read)
+            try:
+                child.wait(timeout)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                raise
+            return said.result().decode()
+
     def start(self, arguments: Sequence[str], env: Mapping[str, str] | None) -> Forked:
-        """A new `mooncake_hpc.testing.peer` with these arguments. Raises OSError when the nursery has ended."""
+        """A new `mooncake_hpc.testing.peer` with these arguments, or with PROGRAM a Python text and its arguments.
+
+        Raises OSError when the nursery has ended.
+        """
         with self._lock:
             self._await_ready()
             commands, stdin = os.pipe()
@@ -119,31 +142,46 @@ def _receive(connection: socket.socket) -> tuple[list[str], dict[str, str], list
     return arguments, env, fds
 
 
-def _become_peer(arguments: list[str], env: dict[str, str], fds: list[int]) -> None:
+def _become(arguments: list[str], env: dict[str, str], fds: list[int]) -> None:
     """In the child: never returns."""
-    from mooncake_hpc.testing import peer
+    from mooncake_hpc.testing import peer  # which imports this module
 
+    for target, fd in enumerate(fds):
+        os.dup2(fd, target)
+        os.close(fd)
+    gc.enable()
+    sys.stdin = os.fdopen(0, closefd=False)
+    os.environ.clear()
+    os.environ.update(env)
+    if arguments[0] == PROGRAM:
+        _run_program(*arguments[1:])
     code = 1
     try:
-        for target, fd in enumerate(fds):
-            os.dup2(fd, target)
-            os.close(fd)
-        sys.stdin = os.fdopen(0, closefd=False)
-        os.environ.clear()
-        os.environ.update(env)
         peer.run(arguments)
         code = 0
     finally:
         os._exit(code)
 
 
+def _run_program(text: str, *arguments: str) -> None:
+    """It ends as an interpreter does, deleting everything."""
+    os.dup2(1, 2)
+    sys.argv = [PROGRAM, *arguments]
+    exec(compile(text, PROGRAM, "exec"), {"__name__": "__main__"})
+    sys.exit()
+
+
 def main() -> None:
     from mooncake_hpc import warm
+    from mooncake_hpc.testing import peer
 
     fd, *protocols = sys.argv[1:]
     connection = socket.socket(fileno=int(fd))
     for protocol in protocols:
         warm.transfer(protocol)
+    peer.digest(peer.pattern(1, 4096))
+    gc.disable()
+    gc.freeze()  # or a child's first collection would write to, and so copy, every page of objects
     if threading.active_count() != 1:
         raise RuntimeError(f"threads are left: {threading.enumerate()}")
     connection.sendall(b"+")
@@ -158,7 +196,7 @@ def main() -> None:
         pid = os.fork()
         if pid == 0:
             connection.close()
-            _become_peer(arguments, env, fds)
+            _become(arguments, env, fds)
         pidfd = os.pidfd_open(pid)
         socket.send_fds(connection, [str(pid).encode()], [pidfd])
         for used in (*fds, pidfd):

@@ -87,41 +87,34 @@ def answers(store: MetadataStore) -> bool:
     return True
 
 
-def test_bench(start: Start, etcd_for_all: None, tmp_path: Path) -> None:
-    env = clean_env(**ENV)
-    target = start(
-        "./transfer_engine_bench", "--mode=target", WHERE, "--local_server_name=10.0.0.2:12345",
-        "--device_name=erdma_0", env=env, cwd=ROOT / "launch",
-    )  # fmt: skip
-    await_line(target, "is ready")
+def test_bench_and_p2p_store(start: Start, etcd_for_all: None, tmp_path: Path) -> None:
+    """Side by side, in clusters of their own, as both take the same names: in the guest programs take most of their time
+    to start. The model has 32 MiB: the seed's is as large as a training node's."""
     file = tmp_path / "result.json"
-    initiator = start(
-        "./transfer_engine_bench", WHERE, "--segment_id=10.0.0.2:12345", "--local_server_name=10.0.0.3:12346",
-        "--device_name=erdma_1", f"--json={file}", env=env, cwd=ROOT / "launch",
-    )  # fmt: skip
+
+    def command(program: str, *flags: str) -> subprocess.Popen[str]:
+        env = clean_env(**ENV, MC_METADATA_CLUSTER_ID=Path(program).name)
+        return start(program, WHERE, *flags, env=env, cwd=ROOT / "launch")
+
+    bench, store = "./transfer_engine_bench", "./p2p-store-example"
+    second, third = ("--local_server_name=10.0.0.2:12345", "--device_name=erdma_0"), ("--device_name=erdma_1",)
+    target = command(bench, "--mode=target", *second)
+    trainer = command(store, "--cmd=trainer", *second, "--file_size_mb=32")
+    await_line(target, "is ready")
+    where = "--local_server_name=10.0.0.3:12346", *third
+    initiator = command(bench, "--segment_id=10.0.0.2:12345", *where, f"--json={file}")
+    await_line(trainer, "published")
+    inferencer = command(store, "--cmd=inferencer", *where)
+
     assert "Test completed: duration" in finish(initiator).splitlines()[-1]
     result = json.loads(file.read_text())
     assert result["transports"] == ["rdma"] and result["errors"] == 0 and result["seconds"] >= 10
     assert result["config"]["device_name"] == "erdma_1"
-    target.send_signal(signal.SIGINT)
-    finish(target, 30)
-
-
-def test_p2p_store(start: Start, etcd_for_all: None) -> None:
-    """With a model of 32 MiB: the seed's is as large as a training node's."""
-    env = clean_env(**ENV)
-    trainer = start(
-        "./p2p-store-example", "--cmd=trainer", WHERE, "--local_server_name=10.0.0.2:12345", "--device_name=erdma_0",
-        "--file_size_mb=32", env=env, cwd=ROOT / "launch",
-    )  # fmt: skip
-    await_line(trainer, "published")
-    inferencer = start(
-        "./p2p-store-example", "--cmd=inferencer", WHERE, "--local_server_name=10.0.0.3:12346",
-        "--device_name=erdma_1", env=env, cwd=ROOT / "launch",
-    )  # fmt: skip
     output = finish(inferencer)
     assert output.rstrip().endswith("ALL DONE") and "verified: " in output and "by rdma" in output
-    trainer.send_signal(signal.SIGINT)
+    for server in (target, trainer):
+        server.send_signal(signal.SIGINT)
+    finish(target, 30)
     assert finish(trainer, 30).rstrip().endswith("ALL DONE")
 
 

@@ -6,9 +6,9 @@ import contextlib
 import json
 import os
 import re
+import resource
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +24,7 @@ from mooncake_hpc.errors import ConfigError, DeviceError, MooncakeError, Transfe
 from mooncake_hpc.metadata.store import open_store
 from mooncake_hpc.settings import RdmaSettings, Settings
 from mooncake_hpc.testing.link import linked
+from mooncake_hpc.testing.nursery import Nursery
 from mooncake_hpc.testing.peer import PeerError, PeerProcess, digest, pattern
 from mooncake_hpc.transports.rdma import gid
 
@@ -66,7 +67,7 @@ def test_no_such_gid(nics: list[str]) -> None:
 
 
 TWO_NODES = """
-import ctypes, os, sys
+import ctypes, os, resource, sys
 from mooncake_hpc import TransferEngine
 from mooncake_hpc.errors import MooncakeError
 
@@ -78,31 +79,28 @@ def carry(value):
         b.write(ours, b.open_segment("a:1"), theirs.ctypes.data)
         return int(theirs[4095])
 
-user = int(sys.argv[2])
+limit, user = int(sys.argv[2]), int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
 if user:
-    carry(6)  # from files that the user may not read: the interpreter lies anywhere
     os.setgroups([])
     os.setgid(user)
     os.setuid(user)
     ctypes.CDLL(None).prctl(4, 1)  # PR_SET_DUMPABLE: as a process that never was another's
+else:  # capset(2), version 3 of it: none
+    ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
 try:
     print(f"user {os.getuid()}: arrived {carry(7)}")
 except MooncakeError as error:
     print(type(error).__name__, error)
 """
 USER = 65534  # and the group of that number
-NO_PRIVILEGES = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
 
 
-def two_nodes(nbytes: int, memlock: str, user: int = 0) -> str:
-    """What a process says that moves 4 KiB within `nbytes` of memory: as `user`, or owning its files but without
-    privileges."""
-    limits = ["prlimit", f"--memlock={memlock}", *(() if user else NO_PRIVILEGES)]
-    done = subprocess.run(
-        [*limits, sys.executable, "-c", TWO_NODES, str(nbytes), str(user)],
-        text=True, capture_output=True, timeout=200, env=clean_env(MC_TE_FILTERS="rxe0"),
-    )  # fmt: skip
-    return done.stdout + done.stderr
+def two_nodes(nursery: Nursery, nbytes: int, memlock: int, user: int = 0) -> str:
+    """What a process says that moves 4 KiB within `nbytes` of memory and may lock `memlock` bytes of it: as `user`, or
+    owning its files but without privileges."""
+    arguments = str(nbytes), str(memlock), str(user)
+    return nursery.run(TWO_NODES, *arguments, env=clean_env(MC_TE_FILTERS="rxe0"), timeout=200)
 
 
 @contextlib.contextmanager
@@ -121,20 +119,21 @@ def devices_for(group: int, mode: int) -> Iterator[None]:
             os.chmod(file, was.st_mode & 0o777)
 
 
-def test_a_user_with_rights_on_the_devices(rxe: list[str]) -> None:
+def test_a_user_with_rights_on_the_devices(rxe: list[str], forked_peers: Nursery) -> None:
     with devices_for(USER, 0o660):
-        assert f"user {USER}: arrived 7" in two_nodes(1 << 20, str(8 << 20), USER)
+        said = two_nodes(forked_peers, 1 << 20, 8 << 20, USER)
+    assert f"user {USER}: arrived 7" in said, said
 
 
-def test_too_little_lockable_memory(rxe: list[str]) -> None:
+def test_too_little_lockable_memory(rxe: list[str], forked_peers: Nursery) -> None:
     """The error names the limit, both sizes, and comes before the kernel's bare ENOMEM."""
-    said = two_nodes(64 << 20, str(1 << 20))
+    said = two_nodes(forked_peers, 64 << 20, 1 << 20)
     assert re.search(rf"RegistrationError {64 << 20} bytes .*RLIMIT_MEMLOCK .* {1 << 20} bytes", said), said
 
 
-def test_a_device_without_permission(rxe: list[str]) -> None:
+def test_a_device_without_permission(rxe: list[str], forked_peers: Nursery) -> None:
     with devices_for(0, 0):
-        said = two_nodes(1 << 20, "unlimited")
+        said = two_nodes(forked_peers, 1 << 20, resource.RLIM_INFINITY)
     assert "ConfigError" in said and "no right to read and write /dev/infiniband/uverbs" in said, said
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 from conftest import clean_env
+
+from mooncake_hpc.testing.nursery import Nursery
 
 PROGRAM = """
 import os, sys
@@ -28,6 +27,5 @@ print("arrived", theirs[-1])
 
 
 @pytest.mark.timeout(150)
-def test_a_child_that_ends_by_itself(nics: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], text=True, capture_output=True, timeout=140, env=clean_env())
-    assert done.stdout == "arrived 3\n", done.stderr
+def test_a_child_that_ends_by_itself(forked_peers: Nursery) -> None:
+    assert forked_peers.run(PROGRAM, env=clean_env(), timeout=140) == "arrived 3\n"

@@ -83,9 +83,9 @@ class Place:
             link.run(write)  # nothing else than the number can be read from now on
             victim.call("hammer", self._ours.name, int(self._written.ctypes.data), SIZE, True, number)
             deadline = time.monotonic() + ARRIVAL_TIMEOUT
-            while not (self._written == number).all():
+            while self._written[-1] != number or not (self._written == number).all():
                 assert time.monotonic() < deadline, victim.call("stop_hammer")
-                time.sleep(0.005)
+                time.sleep(0.02)
             batch = self._ours.submit(requests(*(write, link.request(READ, 0, 0, SIZE)) * 32))
             time.sleep(self._random.uniform(0, SPAN))
             victim.kill()

@@ -177,7 +177,7 @@ def test_our_command_against_the_originals_and_the_other_way_round(etcd: str, ni
             timeout=60, **setup.env,
         ),
         bench_target(
-            OUR_BENCH, *setup.flags, f"--local_server_name={names[1]}", ready=lambda _: ready(names[1]),
+            OUR_BENCH, *setup.flags, f"--local_server_name={names[1]}", "--workers=0", ready=lambda _: ready(names[1]),
             timeout=120, **setup.env,
         ),
     ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which GID of a port to use: read from sysfs, ranked by a pure function.
+"""Which GID of a port to use: read from sysfs or told by the opened device, ranked by a pure function.
 
 A RoCE port has a GID for each address of its network interface and each RoCE version, in an order that differs
 from machine to machine, so a fixed index (3, say) is right on some only.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,12 +45,19 @@ class Gid:
         return whole.ipv4_mapped or whole
 
 
-def candidates(device: str, port: int, settings: Settings, folder: Path = INFINIBAND) -> list[Gid]:
-    """The GIDs to try, best first; a single one where MC_GID_INDEX or NCCL_IB_GID_INDEX names it.
+def candidates(
+    device: str, port: int, settings: Settings, folder: Path = INFINIBAND, table: Sequence[Gid] | None = None
+) -> list[Gid]:
+    """The GIDs to try, best first, out of the port's `table`, or of sysfs's where it is not given; a single one where
+    MC_GID_INDEX or NCCL_IB_GID_INDEX names it.
 
-    Raises ConfigError with the port's table where there is none.
+    Raises ConfigError where there is no such port, and with the table where none will do.
     """
-    table = read_table(device, port, folder)
+    where = folder / device / "ports" / str(port)
+    if not where.is_dir():
+        raise ConfigError(f"RDMA device {device} has no port {port} (MC_IB_PORT): no folder {where}")
+    if table is None:
+        table = read_table(where)
     wanted = settings.rdma.gid_index
     if wanted is not None:
         chosen = [gid for gid in table if gid.index == wanted]
@@ -86,13 +93,11 @@ def _reach(gid: Gid) -> int:
     return 1 if private else 0
 
 
-def read_table(device: str, port: int, folder: Path = INFINIBAND) -> list[Gid]:
-    """The used entries of the port's GID table, by index. Raises ConfigError where there is no such port."""
-    where = folder / device / "ports" / str(port)
-    if not where.is_dir():
-        raise ConfigError(f"RDMA device {device} has no port {port} (MC_IB_PORT): no folder {where}")
+def read_table(where: Path) -> list[Gid]:
+    """The used entries of the GID table of the port whose folder is `where`, by index: several files for each, and one
+    for each unused one, of which soft-RoCE has a thousand."""
     table = []
-    for name in sorted(os.listdir(where / "gids"), key=int):  # a thousand on some, nearly all of them unused
+    for name in sorted(os.listdir(where / "gids"), key=int):
         value = bytes.fromhex(_read(f"{where}/gids/{name}").replace(":", ""))
         if value in (b"", UNUSED):
             continue

@@ -25,10 +25,14 @@ class Nic:
         self.name, self.index = name, index
         self._settings, self._number = settings, settings.rdma.port
         _check_rights(name)
-        self._gids = self._candidates()
-        self.gid, self._proved = self._gids[0], False
         self.device = Device(name, self._number)
-        self.port: Port = self.device.port()
+        try:
+            self._gids = self._candidates()
+            self.gid, self._proved = self._gids[0], False
+            self.port: Port = self.device.port()
+        except BaseException:
+            self.device.close()
+            raise
         self.active = self.port.active
         self._wake, self._stop = os.pipe()
         self._thread: threading.Thread | None = None
@@ -67,7 +71,8 @@ class Nic:
         self.device.close()
 
     def _candidates(self) -> list[gid.Gid]:
-        return gid.candidates(self.name, self._number, self._settings)[: 1 + self._settings.rdma.gid_retries]
+        found = gid.candidates(self.name, self._number, self._settings, table=self.device.gids())
+        return found[: 1 + self._settings.rdma.gid_retries]
 
     def _look_at_gids(self) -> None:
         """The interface's addresses may have changed, and the one in use with them."""
@@ -97,6 +102,6 @@ class Nic:
 
 
 def _check_rights(name: str) -> None:
-    for device in topology.devices():
-        if device.name == name and device.problem and device.active_ports:
-            raise DeviceError(f"RDMA device {name}: {device.problem}")
+    device = topology.device(name)
+    if device.problem and device.active_ports:
+        raise DeviceError(f"RDMA device {name}: {device.problem}")

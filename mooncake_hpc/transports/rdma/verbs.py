@@ -13,6 +13,7 @@ import fcntl
 import logging
 import os
 import select
+import socket
 import threading
 import warnings
 import weakref
@@ -34,6 +35,7 @@ from pyverbs.wr import SGE, SendWR
 from mooncake_hpc.errors import DeviceError
 from mooncake_hpc.kernels import verbs as layout
 from mooncake_hpc.transports.rdma.fallback import Callbacks
+from mooncake_hpc.transports.rdma.gid import ROCE_V1_OR_IB, ROCE_V2, Gid
 from mooncake_hpc.transports.rdma.library import Region, peek
 
 try:
@@ -49,6 +51,7 @@ MAX_READS = 16  # READs under way a queue pair, as the original
 RNR_TIMER, RNR_RETRIES, HOP_LIMIT = 12, 7, 16  # as the original
 # 4.096 us << 16 is 0.27 s, so a dead peer shows after 2 s. The original has 14 and 7, but 7 means for ever to soft-RoCE
 ACK_TIMEOUT, RETRIES = 16, 6
+MOST_GIDS = 1024  # that are in use; the kernel takes 2047 at most
 FORK_DISABLED = 0  # enum ibv_fork_status; a kernel that copies pinned pages at a fork says 2, not needed
 PORT_GONE = (enums.IBV_EVENT_PORT_ERR, enums.IBV_EVENT_DEVICE_FATAL)
 PORT_BACK = enums.IBV_EVENT_PORT_ACTIVE
@@ -107,6 +110,15 @@ class Calls:
     notify: int
 
 
+def _gid(entry: Any) -> Gid:
+    """Of a pyverbs GIDEntry."""
+    kind = ROCE_V2 if entry.gid_type == enums.IBV_GID_TYPE_ROCE_V2 else ROCE_V1_OR_IB
+    netdev = ""
+    with contextlib.suppress(OSError):  # none, or one of another network namespace
+        netdev = socket.if_indextoname(entry.ndev_ifindex)
+    return Gid(entry.gid_index, bytes.fromhex(entry.gid_str().replace(":", "")), kind, netdev)
+
+
 class Device:
     """An opened device with its protection domain."""
 
@@ -134,6 +146,12 @@ class Device:
             state = self._context.query_port(self._port)
         active = state.state == enums.IBV_PORT_ACTIVE
         return Port(active, 128 << int(state.active_mtu), int(state.lid), int(state.max_msg_sz))
+
+    def gids(self) -> list[Gid]:
+        """The used entries of the port's GID table, by index. Raises DeviceError."""
+        with explained(f"RDMA device {self.name}: its GID table"):
+            entries = self._context.query_gid_table(MOST_GIDS)
+        return sorted((_gid(entry) for entry in entries if entry.port_num == self._port), key=lambda gid: gid.index)
 
     def register(self, address: int, length: int, writable: bool, remote: bool, relaxed: bool) -> Region | MR:
         """A memory region with `lkey`, `rkey` and `close()`; other threads run meanwhile. Raises DeviceError."""
