@@ -35,7 +35,7 @@ done
 # ---- the program
 PY=${MOONCAKE_HPC_PYTHON:-$CHECKOUT/.venv/bin/python}
 [ -x "$PY" ] || PY=$(command -v "${MOONCAKE_HPC_PYTHON:-python3}") || die "no Python: set MOONCAKE_HPC_PYTHON"
-"$PY" -c 'import mooncake_hpc' || die "$PY has no mooncake_hpc: run" \
+"$PY" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("mooncake_hpc"))' || die "$PY has no mooncake_hpc: run" \
     "'launch/bench --duration=1' in $CHECKOUT once, which makes .venv, or set MOONCAKE_HPC_PYTHON to a Python that has it"
 
 # ---- a mistyped flag is told before anything is started
@@ -59,6 +59,7 @@ clean_up() {
     [ ${#CHILDREN[@]} = 0 ] || kill -TERM "${CHILDREN[@]}" 2>/dev/null || true
     [ -z "${ETCD_PID:-}" ] || eval "exec ${ETCD[1]}>&-" || true
     wait
+    rm -f "${ETCD_LOG:-}"
     [ "$code" = 0 ] || DEADLINE=20 everywhere bash -c "$SWEEP" || true
     exit "$code"
 }
@@ -100,13 +101,10 @@ address() {
 # reach all processes of the step, and none could remove its data.
 MEMBER='exec "$@" --member="$SLURM_PROCID"'
 
-# ---- etcd: the site's, or the job's own behind a password
+# ---- etcd: the site's, or the job's own behind a password, which starts while nodes compile
 start_etcd() {
-    local log words=() nodes=() first count
-    if [ -n "${ETCD_ENDPOINTS:-}" ]; then
-        METADATA=etcd://$ETCD_ENDPOINTS
-        return
-    fi
+    local words=() nodes=() first count
+    [ -z "${ETCD_ENDPOINTS:-}" ] || return 0
     export MOONCAKE_HPC_ETCD_USER=root MOONCAKE_HPC_ETCD_PASSWORD
     MOONCAKE_HPC_ETCD_PASSWORD=$(head -c 18 /dev/urandom | base64 | tr '+/' '-_')
     export FLAGS_password=$MOONCAKE_HPC_ETCD_PASSWORD  # not on a command line, where other users would see it
@@ -122,22 +120,26 @@ start_etcd() {
             --mpi=none --input=all bash -c "$MEMBER" member
             "${words[@]}" --members="$first" --port="$((20000 + 2 * (SLURM_JOB_ID % 5000)))")
     fi
-    log=$(mktemp)
-    coproc ETCD { exec "${words[@]}" 2>"$log"; }
-    read_endpoints "$count" || { cat "$log" >&2; rm -f "$log"; die "etcd does not start"; }
-    rm -f "$log"
+    ETCD_LOG=$(mktemp)
+    coproc ETCD { exec "${words[@]}" 2>"$ETCD_LOG"; }
+    exec {ETCD_OUTPUT}<&"${ETCD[0]}"  # bash forgets its own once etcd has ended
 }
 
-# read_endpoints COUNT: what each member prints once it serves.
-read_endpoints() {
+# Each member prints its endpoint once it serves.
+await_etcd() {
     local i endpoint found=()
-    for ((i = 0; i < $1; i++)); do
-        read -r -t 120 -u "${ETCD[0]}" endpoint || return 1
+    if [ -n "${ETCD_ENDPOINTS:-}" ]; then
+        METADATA=etcd://$ETCD_ENDPOINTS
+        return
+    fi
+    for ((i = 0; i < ETCD_MEMBERS; i++)); do
+        read -r -t 120 -u "$ETCD_OUTPUT" endpoint || { cat "$ETCD_LOG" >&2; die "etcd does not start"; }
         found+=("$endpoint")
     done
     METADATA=etcd://$(IFS=,; echo "${found[*]}")
 }
 
-everywhere "$PY" -P -m mooncake_hpc warm
 start_etcd
+everywhere "$PY" -P -m mooncake_hpc warm
+await_etcd
 say "job $JOB: ${SLURM_NTASKS:-?} tasks on $SLURM_JOB_NODELIST, metadata at $METADATA, result in $RESULT"

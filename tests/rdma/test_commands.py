@@ -88,8 +88,8 @@ def answers(store: MetadataStore) -> bool:
 
 
 def test_bench_and_p2p_store(start: Start, etcd_for_all: None, tmp_path: Path) -> None:
-    """Side by side, in clusters of their own, as both take the same names: in the guest programs take most of their time
-    to start. The model has 32 MiB: the seed's is as large as a training node's."""
+    """Side by side, in clusters of their own, as both take the same names: in the guest most of the time goes into
+    starts. The model has 32 MiB: the seed's is as large as a training node's."""
     file = tmp_path / "result.json"
 
     def command(program: str, *flags: str) -> subprocess.Popen[str]:
