@@ -20,12 +20,13 @@ def test_devices_are_found(nics: list[str]) -> None:
 
 
 def test_one_library_is_loaded(nics: list[str]) -> None:
-    """The one that pyverbs was built for, whichever that is; and its objects are as expected."""
+    """The one that pyverbs was built for, whichever that is; its objects are as expected, and its GIDs the kernel's."""
     import pyverbs
 
-    from mooncake_hpc.transports.rdma import verbs
+    from mooncake_hpc.transports.rdma import gid, verbs
 
     device = verbs.Device(nics[0], 1)
+    assert device.gids() == gid.read_table(gid.INFINIBAND / nics[0] / "ports/1") != []
     device.register(id(device) & -4096, 4096, False, False, False).close()  # by libibverbs, without pyverbs
     device.close()
     lines = Path("/proc/self/maps").read_text().splitlines()
