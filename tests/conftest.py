@@ -86,10 +86,12 @@ def nics() -> list[str]:
 @pytest.fixture(scope="session")
 def forked_peers(nics: list[str]) -> Iterator[Nursery]:
     """Peers are forked from this process from now on: to start each costs seconds in an emulated guest."""
+    from mooncake_hpc import warm
     from mooncake_hpc.testing import peer
     from mooncake_hpc.testing.nursery import Nursery
 
     with Nursery("rdma", "tcp") as peer.nursery:
+        warm.transfer("rdma")  # meanwhile: this process needs the kernels, too
         yield peer.nursery
     peer.nursery = None
 

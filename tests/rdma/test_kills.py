@@ -21,7 +21,7 @@ from mooncake_hpc.testing.peer import PeerProcess
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.usefixtures("forked_peers")]
 
-SIZE = 256 << 10
+SIZE = 128 << 10
 POINTS = 200
 TOGETHER = 20  # victims at a time: most of a point is the wait for a device to give a dead peer up
 RPC_PORT = 17800  # of the first victim
@@ -86,7 +86,7 @@ class Place:
             while self._written[-1] != number or not (self._written == number).all():
                 assert time.monotonic() < deadline, victim.call("stop_hammer")
                 time.sleep(0.02)
-            batch = self._ours.submit(requests(*(write, link.request(READ, 0, 0, SIZE)) * 32))
+            batch = self._ours.submit(requests(*(write, link.request(READ, 0, 0, SIZE)) * 64))
             time.sleep(self._random.uniform(0, SPAN))
             victim.kill()
         assert (self._written == number).all()
