@@ -18,7 +18,8 @@ import time
 import numpy as np
 from numba import types
 
-from mooncake_hpc.kernels.native import get, kernel, now, put, recv
+from mooncake_hpc.kernels.compiled import kernel
+from mooncake_hpc.kernels.native import get, now, put, recv
 from mooncake_hpc.memory import MemoryFile
 
 send = types.ExternalFunction("send", types.int64(types.int32, types.int64, types.int64, types.int32))

@@ -26,7 +26,7 @@ from mooncake_hpc.control.server import (
 )
 from mooncake_hpc.errors import MooncakeError, PeerLost, RegistrationError
 from mooncake_hpc.kernels import slicer
-from mooncake_hpc.kernels.native import compile_ahead
+from mooncake_hpc.kernels.compiled import compile_ahead
 from mooncake_hpc.memory import MemoryFile, containing, describe
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.remote import Segment

@@ -61,7 +61,7 @@ def transfer(protocol: str) -> None:
 def _compile_rdma() -> None:
     """Without a device, which a machine that prepares others need not have."""
     from mooncake_hpc.kernels import rdma
-    from mooncake_hpc.kernels.native import compile_ahead
+    from mooncake_hpc.kernels.compiled import compile_ahead
 
     compile_ahead(*rdma.KERNELS)
 

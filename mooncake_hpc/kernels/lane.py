@@ -8,8 +8,8 @@ All state is int64 words in blocks owned by Python; a constant below is a word's
 
 from __future__ import annotations
 
+from mooncake_hpc.kernels.compiled import brief, kernel
 from mooncake_hpc.kernels.native import (
-    brief,
     compare_exchange,
     fence,
     fetch_add,
@@ -17,7 +17,6 @@ from mooncake_hpc.kernels.native import (
     futex_wake,
     get,
     get_byte,
-    kernel,
     load,
     now,
     pause,

@@ -7,6 +7,7 @@ and one of them leads next. The lane's own thread is a backstop for queues that 
 
 from __future__ import annotations
 
+from mooncake_hpc.kernels.compiled import kernel
 from mooncake_hpc.kernels.lane import (
     AGAIN,
     BELL_WORD,
@@ -47,7 +48,6 @@ from mooncake_hpc.kernels.native import (
     futex_wake,
     get,
     get_byte,
-    kernel,
     load,
     now,
     put,

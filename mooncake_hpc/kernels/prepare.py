@@ -28,7 +28,8 @@ from numba.extending import intrinsic
 
 from mooncake_hpc.errors import ConfigError
 from mooncake_hpc.kernels import native
-from mooncake_hpc.kernels.native import I8, I64, kernel
+from mooncake_hpc.kernels.compiled import kernel
+from mooncake_hpc.kernels.native import I8, I64
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -7,6 +7,7 @@ all are done.
 
 from __future__ import annotations
 
+from mooncake_hpc.kernels.compiled import kernel
 from mooncake_hpc.kernels.lane import (
     BYTES,
     CANCEL,
@@ -27,7 +28,7 @@ from mooncake_hpc.kernels.lane import (
     finish_slice,
     ring_thread,
 )
-from mooncake_hpc.kernels.native import compare_exchange, get, kernel, load, put, store
+from mooncake_hpc.kernels.native import compare_exchange, get, load, put, store
 from mooncake_hpc.kernels.verbs import FLUSHED
 
 # --- words of the lane block

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from mooncake_hpc.kernels.native import get, kernel
+from mooncake_hpc.kernels.compiled import kernel
+from mooncake_hpc.kernels.native import get
 
 
 def table(ranges: Iterable[tuple[int, int]]) -> np.ndarray:

@@ -11,6 +11,7 @@ what was under way comes back as flushed and goes to another rail. When all of i
 from __future__ import annotations
 
 from mooncake_hpc.kernels import spin
+from mooncake_hpc.kernels.compiled import Entry, kernel
 from mooncake_hpc.kernels.lane import (
     AGAIN,
     ASLEEP,
@@ -37,19 +38,7 @@ from mooncake_hpc.kernels.lane import (
     outcome,
     ring_thread,
 )
-from mooncake_hpc.kernels.native import (
-    Entry,
-    epoll_wait,
-    fence,
-    get,
-    kernel,
-    load,
-    now,
-    pause,
-    put,
-    read,
-    store,
-)
+from mooncake_hpc.kernels.native import epoll_wait, fence, get, load, now, pause, put, read, store
 from mooncake_hpc.kernels.rails import (
     BAD,
     COMPLETIONS,

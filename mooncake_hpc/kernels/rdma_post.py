@@ -6,8 +6,9 @@ the last is signalled.
 
 from __future__ import annotations
 
+from mooncake_hpc.kernels.compiled import kernel
 from mooncake_hpc.kernels.lane import LENGTH, LOCAL, META, REJECTED, REMOTE, TAIL, WRITING
-from mooncake_hpc.kernels.native import get, kernel, load, put
+from mooncake_hpc.kernels.native import get, load, put
 from mooncake_hpc.kernels.rails import (
     BAD_WR,
     CHAIN,

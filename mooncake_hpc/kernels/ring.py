@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from mooncake_hpc.kernels import native, prepare
-from mooncake_hpc.kernels.native import kernel
+from mooncake_hpc.kernels.compiled import kernel
 
 JOBS, PIECES = 64, 64
 BELL, HEAD, TAIL = 0, 64, 128  # byte offsets, a cache line each: BELL is what workers look at

@@ -6,6 +6,7 @@ a TCP server and its connections: the peer changes the version and waits until n
 
 from __future__ import annotations
 
+from mooncake_hpc.kernels.compiled import Entry, kernel
 from mooncake_hpc.kernels.lane import (
     AGAIN,
     BROKEN,
@@ -32,19 +33,7 @@ from mooncake_hpc.kernels.lane import (
     head_entry,
     outcome,
 )
-from mooncake_hpc.kernels.native import (
-    Entry,
-    copy,
-    errno,
-    fence,
-    get,
-    kernel,
-    load,
-    now,
-    put,
-    recv,
-    store,
-)
+from mooncake_hpc.kernels.native import copy, errno, fence, get, load, now, put, recv, store
 from mooncake_hpc.kernels.ranges import reach
 
 # --- words of the lane block

@@ -6,6 +6,7 @@ it for each submission, and lets go of it while it waits.
 
 from __future__ import annotations
 
+from mooncake_hpc.kernels.compiled import brief, kernel
 from mooncake_hpc.kernels.lane import (
     CANCEL,
     ERROR,
@@ -34,20 +35,7 @@ from mooncake_hpc.kernels.lane import (
     note_time,
 )
 from mooncake_hpc.kernels.leader import drive
-from mooncake_hpc.kernels.native import (
-    brief,
-    get,
-    get_byte,
-    kernel,
-    load,
-    now,
-    pause,
-    put,
-    put_byte,
-    release_gil,
-    store,
-    take_gil,
-)
+from mooncake_hpc.kernels.native import get, get_byte, load, now, pause, put, put_byte, release_gil, store, take_gil
 from mooncake_hpc.kernels.ranges import covered, reach
 
 BAD_OPCODE, BAD_LENGTH, LOCAL_UNREGISTERED, REMOTE_UNREGISTERED, NO_ROOM = 1, 2, 3, 4, 5

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mooncake_hpc.kernels.native import get, kernel, put
+from mooncake_hpc.kernels.compiled import kernel
+from mooncake_hpc.kernels.native import get, put
 
 DONTWAIT, NOSIGNAL = 0x40, 0x4000  # flags of sendmsg and recvmsg
 EAGAIN, EINTR = 11, 4

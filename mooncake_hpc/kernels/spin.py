@@ -9,7 +9,8 @@ A *spinner* is three int64 words; a constant below is a word's byte offset.
 
 from __future__ import annotations
 
-from mooncake_hpc.kernels.native import get, kernel, put
+from mooncake_hpc.kernels.compiled import kernel
+from mooncake_hpc.kernels.native import get, put
 
 LIMIT = 0  # nanoseconds to poll at most
 SKIP = 8  # waits that still sleep at once

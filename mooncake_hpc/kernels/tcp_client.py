@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mooncake_hpc.kernels import spin
+from mooncake_hpc.kernels.compiled import Entry, kernel
 from mooncake_hpc.kernels.lane import (
     AGAIN,
     ASLEEP,
@@ -19,22 +20,7 @@ from mooncake_hpc.kernels.lane import (
     TIMED_OUT,
     outcome,
 )
-from mooncake_hpc.kernels.native import (
-    Entry,
-    errno,
-    fence,
-    get,
-    kernel,
-    load,
-    now,
-    pause,
-    poll,
-    put,
-    read,
-    recvmsg,
-    sendmsg,
-    store,
-)
+from mooncake_hpc.kernels.native import errno, fence, get, load, now, pause, poll, put, read, recvmsg, sendmsg, store
 from mooncake_hpc.kernels.sockets import DONTWAIT, EAGAIN, EINTR, NAP, NOSIGNAL, POLLIN, POLLOUT, advance
 from mooncake_hpc.kernels.tcp_lists import (
     EOF,

@@ -11,6 +11,7 @@ describes (SEND_*); completed <= built <= sent. After a lost connection the lane
 
 from __future__ import annotations
 
+from mooncake_hpc.kernels.compiled import kernel
 from mooncake_hpc.kernels.lane import (
     CANCEL,
     CANCELLED,
@@ -37,7 +38,7 @@ from mooncake_hpc.kernels.lane import (
     finish_head,
     head_entry,
 )
-from mooncake_hpc.kernels.native import get, kernel, load, now, put
+from mooncake_hpc.kernels.native import get, load, now, put
 from mooncake_hpc.kernels.sockets import LIST, append
 
 # --- words of the lane block

@@ -11,6 +11,7 @@ memory out of the tables waits until no connection is busy with an older version
 from __future__ import annotations
 
 from mooncake_hpc.kernels import spin
+from mooncake_hpc.kernels.compiled import kernel
 from mooncake_hpc.kernels.native import (
     copy,
     errno,
@@ -18,7 +19,6 @@ from mooncake_hpc.kernels.native import (
     fetch_add,
     get,
     get_byte,
-    kernel,
     load,
     now,
     pause,

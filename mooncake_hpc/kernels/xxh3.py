@@ -16,7 +16,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from mooncake_hpc.kernels.native import I8, I32, I64, copy, fence, get, kernel, put
+from mooncake_hpc.kernels.compiled import kernel
+from mooncake_hpc.kernels.native import I8, I32, I64, copy, fence, get, put
 from mooncake_hpc.memory import data_address
 
 SHORTEST = 241  # bytes: below, the digest is made in other ways

@@ -19,7 +19,8 @@ from numba import cfunc, types
 from mooncake_hpc.kernels import lane as layout
 from mooncake_hpc.kernels import rails
 from mooncake_hpc.kernels import rdma as native
-from mooncake_hpc.kernels.native import compile_ahead, get, put
+from mooncake_hpc.kernels.compiled import compile_ahead
+from mooncake_hpc.kernels.native import get, put
 from mooncake_hpc.kernels.verbs import SUCCESS, WC, WC_ID, WC_STATUS, WR_NEXT
 from mooncake_hpc.segment import BufferDescriptor, DeviceDescriptor, SegmentDescriptor
 from mooncake_hpc.settings import Settings

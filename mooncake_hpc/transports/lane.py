@@ -15,7 +15,7 @@ import numpy as np
 from mooncake_hpc.errors import PeerLost, TransferTimeout
 from mooncake_hpc.kernels import lane as layout
 from mooncake_hpc.kernels import leader
-from mooncake_hpc.kernels.native import Entry
+from mooncake_hpc.kernels.compiled import Entry
 
 if TYPE_CHECKING:
     from mooncake_hpc.batch import Batch

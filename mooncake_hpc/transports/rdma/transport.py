@@ -11,7 +11,7 @@ from typing import Any
 
 from mooncake_hpc.errors import ConfigError, DeviceError, MooncakeError
 from mooncake_hpc.kernels import rdma as native
-from mooncake_hpc.kernels.native import compile_ahead
+from mooncake_hpc.kernels.compiled import compile_ahead
 from mooncake_hpc.segment import BufferDescriptor, DeviceDescriptor, SegmentDescriptor
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.topology import Topology, devices

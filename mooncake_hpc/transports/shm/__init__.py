@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from mooncake_hpc.errors import PeerLost
 from mooncake_hpc.kernels import shm
-from mooncake_hpc.kernels.native import compile_ahead
+from mooncake_hpc.kernels.compiled import compile_ahead
 from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.transports.base import Peer, Registration, Transport
 from mooncake_hpc.transports.lane import SHARED_KERNELS

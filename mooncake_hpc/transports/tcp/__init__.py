@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mooncake_hpc.kernels import tcp_client, tcp_lists, tcp_server
-from mooncake_hpc.kernels.native import compile_ahead
+from mooncake_hpc.kernels.compiled import compile_ahead
 from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.transports.base import Peer, Registration, Transport
