@@ -59,7 +59,6 @@ clean_up() {
     [ ${#CHILDREN[@]} = 0 ] || kill -TERM "${CHILDREN[@]}" 2>/dev/null || true
     [ -z "${ETCD_PID:-}" ] || eval "exec ${ETCD[1]}>&-" || true
     wait
-    rm -f "${ETCD_LOG:-}"
     [ "$code" = 0 ] || DEADLINE=20 everywhere bash -c "$SWEEP" || true
     exit "$code"
 }
@@ -103,7 +102,7 @@ MEMBER='exec "$@" --member="$SLURM_PROCID"'
 
 # ---- etcd: the site's, or the job's own behind a password, which starts while nodes compile
 start_etcd() {
-    local words=() nodes=() first count
+    local log words=() nodes=() first count
     [ -z "${ETCD_ENDPOINTS:-}" ] || return 0
     export MOONCAKE_HPC_ETCD_USER=root MOONCAKE_HPC_ETCD_PASSWORD
     MOONCAKE_HPC_ETCD_PASSWORD=$(head -c 18 /dev/urandom | base64 | tr '+/' '-_')
@@ -120,8 +119,10 @@ start_etcd() {
             --mpi=none --input=all bash -c "$MEMBER" member
             "${words[@]}" --members="$first" --port="$((20000 + 2 * (SLURM_JOB_ID % 5000)))")
     fi
-    ETCD_LOG=$(mktemp)
-    coproc ETCD { exec "${words[@]}" 2>"$ETCD_LOG"; }
+    log=$(mktemp)
+    exec {ETCD_LOG}<>"$log"
+    rm "$log"  # so that none is left, however this ends
+    coproc ETCD { exec "${words[@]}" 2>&"$ETCD_LOG"; }
     exec {ETCD_OUTPUT}<&"${ETCD[0]}"  # bash forgets its own once etcd has ended
 }
 
@@ -133,7 +134,7 @@ await_etcd() {
         return
     fi
     for ((i = 0; i < ETCD_MEMBERS; i++)); do
-        read -r -t 120 -u "$ETCD_OUTPUT" endpoint || { cat "$ETCD_LOG" >&2; die "etcd does not start"; }
+        read -r -t 120 -u "$ETCD_OUTPUT" endpoint || { cat "/proc/$$/fd/$ETCD_LOG" >&2; die "etcd does not start"; }
         found+=("$endpoint")
     done
     METADATA=etcd://$(IFS=,; echo "${found[*]}")
