@@ -149,6 +149,10 @@ class Device:
     def port(self) -> Port:
         return Port(self.name not in fabric.down)
 
+    def gids(self) -> list[gid.Gid]:
+        indices = fabric.gid_indices.get(self.name, (1, 2, 3))
+        return [gid.Gid(index, bytes([index]) * 15 + b"\x01") for index in indices]
+
     def register(self, address: int, length: int, writable: bool, remote: bool, relaxed: bool) -> Region:
         fabric.registering(self.name, address, length)
         region = Region(self.name, address, address + length, writable, remote, relaxed, next(fabric.numbers))
@@ -359,8 +363,9 @@ def notify_cq(handle: int, _solicited: int) -> int:
     return 0
 
 
-def gids(device: str, port: int, settings: object) -> list[gid.Gid]:
-    return [gid.Gid(index, bytes([index]) * 15 + b"\x01") for index in fabric.gid_indices.get(device, (1, 2, 3))]
+def candidates(_device: str, _port: int, _settings: object, *, table: list[gid.Gid]) -> list[gid.Gid]:
+    """In the table's order."""
+    return table
 
 
 @contextlib.contextmanager
@@ -380,7 +385,7 @@ def installed() -> Iterator[Fabric]:
         package = importlib.import_module(PACKAGE)
         previous = getattr(package, "verbs", None)
         package.verbs = ours  # type: ignore[attr-defined]
-        with mock.patch.object(topology, "load", load), mock.patch.object(gid, "candidates", gids):
+        with mock.patch.object(topology, "load", load), mock.patch.object(gid, "candidates", candidates):
             yield fabric
     finally:
         for name in [name for name in sys.modules if name.startswith(f"{PACKAGE}.") and name not in kept]:
