@@ -274,15 +274,23 @@ class TransferEngine:
         self._submitter.transfer(requests, timeout, done_at)
 
     def repeat(
-        self, requests: Requests, latencies: npt.NDArray[np.int64], seconds: float, timeout: float | None = None
+        self,
+        requests: Requests,
+        latencies: npt.NDArray[np.int64],
+        seconds: float,
+        timeout: float | None = None,
+        request_latencies: npt.NDArray[np.int64] | None = None,
     ) -> int:
         """As `transfer`, again and again, at least once and at most as often as `latencies` has room for the
         nanoseconds that each took; none begins after `seconds`. How many there were. Python has no part in it between
         them: each is some 2 us quicker than in a loop around `transfer`.
 
-        Raises as `transfer`, once one has failed; in `latencies` its place and those after it stay as they were.
+        `request_latencies`, an int64 array of shape (rows, requests), is given the nanoseconds from a batch's
+        submission to the end of each of its requests, a row for one batch of every `len(latencies) / rows`, and keeps
+        what it holds where there was none. Raises as `transfer`, once one has failed: in `latencies` its place and
+        those after it stay as they were, and a row of its own is 0.
         """
-        return self._submitter.repeat(requests, latencies, seconds, timeout)
+        return self._submitter.repeat(requests, latencies, seconds, timeout, request_latencies)
 
     def read(self, local: object, segment: Segment, remote_addr: int, timeout: float | None = None) -> None:
         """Fill `local` from `remote_addr` in the segment and return when done. Raises as `transfer`."""

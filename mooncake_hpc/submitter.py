@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from mooncake_hpc.arena import Arena, ArenaPool
+from mooncake_hpc.arena import DONE_AT, Arena, ArenaPool
 from mooncake_hpc.batch import NATIVE_CALL, Batch
 from mooncake_hpc.errors import ConfigError, PeerLost, TransferError, TransferTimeout
 from mooncake_hpc.kernels import lane as layout
@@ -24,6 +25,44 @@ Times = npt.NDArray[np.int64]  # one a request
 LONGEST = 1e9  # seconds
 TARGET_MASK = (1 << slicer.TARGET_BITS) - 1
 WORD, QUEUED, STARTED = layout.WORD // 8, layout.QUEUED // 8, layout.STARTED // 8
+
+
+class Record(NamedTuple):
+    """Where the times of repeated batches go, in ns; addresses are those that `slicer.repeat` takes."""
+
+    limit: int  # batches
+    batches: int = 0
+    rows: int = 0
+    every: int = 0
+    arrays: tuple[Times, Times | None] | None = None
+
+    def note(self, done: int, begin: int, end: int, timed: bool) -> None:
+        """Batch number `done`, which a native call did not bring to its end, has; its requests' times were taken."""
+        if self.arrays is not None:
+            latencies, rows = self.arrays
+            latencies[done] = end - begin
+            if rows is not None and timed:
+                rows[done // self.every] -= begin
+
+    def drop(self, done: int, timed: bool) -> None:
+        """It has failed."""
+        if self.arrays is not None and (rows := self.arrays[1]) is not None and timed:
+            rows[done // self.every] = 0
+
+
+ONCE = Record(1)
+
+
+def record_of(latencies: Times, rows: Times | None, count: int) -> Record:
+    """For batches of `count` requests. ConfigError tells what is wrong with an array."""
+    if latencies.dtype != np.int64 or latencies.ndim != 1 or not latencies.flags.carray:
+        raise ConfigError("latencies must be a contiguous, writable, one-dimensional array of int64")
+    limit, batches = len(latencies), data_address(latencies)
+    if rows is None:
+        return Record(limit, batches, arrays=(latencies, None))
+    if rows.dtype != np.int64 or rows.ndim != 2 or rows.shape[1] != count or not rows.flags.carray or not len(rows):
+        raise ConfigError(f"request_latencies must be a contiguous, writable array of int64, in rows of {count}")
+    return Record(limit, batches, data_address(rows), -(-limit // len(rows)), (latencies, rows))
 
 
 class Submitter:
@@ -72,33 +111,38 @@ class Submitter:
 
     def transfer(self, requests: Requests, timeout: float | None, done_at: Times | None) -> None:
         """As `TransferEngine.transfer`."""
-        self._run(requests, timeout, done_at, 1, 0, None)
+        self._run(requests, timeout, done_at, ONCE)
 
-    def repeat(self, requests: Requests, latencies: Times, seconds: float, timeout: float | None) -> int:
+    def repeat(
+        self, requests: Requests, latencies: Times, seconds: float, timeout: float | None, rows: Times | None
+    ) -> int:
         """As `TransferEngine.repeat`."""
-        if latencies.dtype != np.int64 or latencies.ndim != 1 or not latencies.flags.carray:
-            raise ConfigError("latencies must be a contiguous, writable, one-dimensional array of int64")
         until, done = time.monotonic_ns() + int(min(seconds, LONGEST) * 1e9), 0
-        while done < len(latencies):
-            done += self._run(requests, timeout, None, len(latencies) - done, until, latencies[done:])
+        record = record_of(latencies, rows, np.size(requests))
+        while done < record.limit:
+            done = self._run(requests, timeout, None, record, done, until)
             if time.monotonic_ns() >= until:
                 break
         return done
 
     def _run(
-        self, requests: Requests, timeout: float | None, done_at: Times | None, limit: int, until: int,
-        latencies: Times | None,
+        self, requests: Requests, timeout: float | None, done_at: Times | None, record: Record, done: int = 0,
+        until: int = 0,
     ) -> int:  # fmt: skip
         """As `slicer.repeat`, for NATIVE_CALL at most, and the last one to its end. A batch that ends natively never
         becomes an object."""
-        arena, held, begin = self._take(requests, done_at), (self._held, done_at), time.monotonic_ns()
+        arena, held, begin = self._take(requests, done_at), (self._held, done_at, record), time.monotonic_ns()
         patience = int((self._patience if timeout is None else timeout) * 1e9)
         call = NATIVE_CALL if patience > NATIVE_CALL else patience
-        place = 0 if latencies is None else data_address(latencies)
         until = begin + NATIVE_CALL if until > begin + NATIVE_CALL else until
         try:
-            done = int(slicer.repeat(arena.address, arena.count, self._address, limit, until, call, place))
-            queued, started = arena.words[QUEUED], arena.words[STARTED]
+            done = int(
+                slicer.repeat(
+                    arena.address, arena.count, self._address, done, record.limit, until, call,
+                    record.batches, record.rows, record.every,
+                )
+            )  # fmt: skip
+            queued, started, timed = arena.words[QUEUED], arena.words[STARTED], arena.words[DONE_AT] != 0
             batch = self._batch(arena, queued, held) if queued > 0 else None
         except BaseException:  # Ctrl-C, and nobody has the batch
             self._cancel(arena, held)
@@ -115,11 +159,11 @@ class Submitter:
             batch.wait()
         except BaseException as error:
             batch.cancel()
+            record.drop(done, timed)
             if isinstance(error, TransferError):
                 error.failed = int(np.count_nonzero(batch.status < 0))
             raise
-        if latencies is not None:
-            latencies[done] = time.monotonic_ns() - started
+        record.note(done, started, time.monotonic_ns(), timed)
         return done + 1
 
     def _take(self, requests: Requests, done_at: Times | None) -> Arena:

@@ -30,11 +30,11 @@ class FaultyEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def transfer(self, requests: Requests, timeout: float | None = None, done_at: Any = None) -> None:
-        self._engine.transfer(self._altered(requests), timeout, done_at)
+    def transfer(self, requests: Requests, timeout: float | None = None) -> None:
+        self._engine.transfer(self._altered(requests), timeout)
 
-    def repeat(self, requests: Requests, latencies: Any, seconds: float, timeout: float | None = None) -> int:
-        return self._engine.repeat(self._altered(requests), latencies, seconds, timeout)
+    def repeat(self, requests: Requests, *arguments: Any) -> int:
+        return self._engine.repeat(self._altered(requests), *arguments)
 
     def _altered(self, requests: Requests) -> Requests:
         timed = self.armed and requests.size == BATCH  # and not the verifier's own

@@ -32,9 +32,7 @@ class CopyEngine:
         self.after: Callable[[npt.NDArray[Any]], None] = lambda requests: None
         self.error: TransferError | None = None
 
-    def transfer(
-        self, requests: npt.NDArray[Any], timeout: float | None = None, done_at: npt.NDArray[Any] | None = None
-    ) -> None:
+    def transfer(self, requests: npt.NDArray[Any], timeout: float | None = None) -> None:
         self.submitted += 1
         hit = requests.size == BATCH and self.submitted >= self.at > 0
         if hit and self.error:
@@ -44,12 +42,11 @@ class CopyEngine:
             ctypes.memmove(*ends, length)
         if hit:
             self.after(requests)
-        if done_at is not None:
-            done_at[:] = time.monotonic_ns()
 
     def repeat(
-        self, requests: npt.NDArray[Any], latencies: npt.NDArray[Any], seconds: float, timeout: float | None = None
-    ) -> int:
+        self, requests: npt.NDArray[Any], latencies: npt.NDArray[Any], seconds: float, timeout: float | None = None,
+        request_latencies: npt.NDArray[Any] | None = None,
+    ) -> int:  # fmt: skip
         end = time.monotonic() + seconds
         for done in range(len(latencies)):
             if done and time.monotonic() > end:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,8 +19,9 @@ from mooncake_hpc.errors import MooncakeError, TransferCancelled, TransferError
 
 Requests = npt.NDArray[Any]
 Times = npt.NDArray[np.int64]
-SAMPLE = 0.005, 8  # seconds, and batches' times, between two batches whose requests are timed, which costs some 20 µs
-COUNTED = 4096  # batches between two that are timed, at most
+CALL = 0.25, 2  # seconds, and batches' times, of a call of the engine, whichever is more; after one peers are asleep
+COUNTED = 1 << 15  # batches of a call at most
+TIMED = 256  # batches to one whose requests are timed, which costs 25 ns a request
 PROGRESS = 5.0  # seconds between two words about a verified run
 LAST_BATCH = 0.5  # seconds for a submitter to end after Ctrl-C
 Tell = Callable[[str], object]
@@ -34,9 +36,16 @@ def longest_run(config: BenchConfig) -> float:
 class Engine(Protocol):
     """What the runner needs of `mooncake_hpc.TransferEngine`."""
 
-    def transfer(self, requests: Requests, timeout: float | None = None, done_at: Times | None = None) -> None: ...
+    def transfer(self, requests: Requests, timeout: float | None = None) -> None: ...
 
-    def repeat(self, requests: Requests, latencies: Times, seconds: float, timeout: float | None = None) -> int: ...
+    def repeat(
+        self,
+        requests: Requests,
+        latencies: Times,
+        seconds: float,
+        timeout: float | None = None,
+        request_latencies: Times | None = None,
+    ) -> int: ...
 
 
 @dataclass(slots=True)
@@ -63,12 +72,14 @@ class _Submitter:
     begin: int = 0  # of its last window, ns
     end: int = 0
 
-    def count(self, latencies: Times) -> None:
-        """Take in the batches that took some time, and make the array new."""
+    def count(self, latencies: Times, rows: Times) -> None:
+        """Take in what took some time, and make the arrays new."""
         ended = latencies[latencies > 0]
         self.latency.add(ended)
+        self.request_latency.add(rows[rows > 0])
         self.batches += len(ended)
         latencies[:] = 0
+        rows[:] = 0
 
 
 class Runner:
@@ -154,33 +165,24 @@ class Runner:
 
     def _submit(self, me: _Submitter, start_line: threading.Barrier, limit: int | None, seconds: float) -> None:
         """One submitter's loop. The clock runs from before the submission to the return of the wait."""
-        times, latencies, done = np.zeros(len(me.requests), np.int64), np.zeros(COUNTED, np.int64), 0
+        most = COUNTED if limit is None else min(limit, COUNTED)
+        latencies, rows = np.zeros(most, np.int64), np.zeros((-(-most // TIMED), len(me.requests)), np.int64)
+        timeout, call = self._config.batch_timeout, CALL[0]
         start_line.wait(timeout=60)
         me.begin = me.end = time.monotonic_ns()
-        last, left = me.begin + seconds * 1e9, COUNTED if limit is None else limit
+        last, left = me.begin + seconds * 1e9, math.inf if limit is None else limit
         try:
-            while done < left and me.end < last and not self._stopped:
-                done += self._some(me, latencies[done:left], times, last)
-                if done == COUNTED:
-                    me.count(latencies)
-                    done, left = 0, COUNTED if limit is None else left - done
+            while left > 0 and me.end < last and not self._stopped:
+                some, begin = latencies[: int(min(most, left))], me.end
+                done = self._engine.repeat(me.requests, some, min(call, (last - begin) / 1e9), timeout, rows)
+                me.end = time.monotonic_ns()
+                me.count(latencies, rows)
+                left -= done
+                call = max(CALL[0], CALL[1] * (me.end - begin) / 1e9 / done)
         except Exception as error:
             self._fail(error)
-        me.end = time.monotonic_ns()
-        me.count(latencies)
-
-    def _some(self, me: _Submitter, latencies: Times, times: Times, last: float) -> int:
-        """A batch whose requests are timed, and more without Python between them; how many."""
-        timeout, start, done = self._config.batch_timeout, time.monotonic_ns(), 1
-        self._engine.transfer(me.requests, timeout, times)
-        me.end = time.monotonic_ns()
-        latencies[0] = me.end - start
-        me.request_latency.add(times - start)
-        if len(latencies) > 1 and me.end < last:
-            seconds = max(SAMPLE[0], SAMPLE[1] * (me.end - start) / 1e9)
-            done += self._engine.repeat(me.requests, latencies[1:], min(seconds, (last - me.end) / 1e9), timeout)
             me.end = time.monotonic_ns()
-        return done
+            me.count(latencies, rows)
 
     def _fail(self, error: Exception) -> None:
         """Keep the first cause and end the run."""

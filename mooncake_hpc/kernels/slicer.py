@@ -9,6 +9,7 @@ from __future__ import annotations
 from mooncake_hpc.kernels.compiled import brief, kernel
 from mooncake_hpc.kernels.lane import (
     CANCEL,
+    DONE_AT,
     ERROR,
     ERROR_REQUEST,
     EVENT,
@@ -198,18 +199,31 @@ def _carried_out(lane, batch, number, until):
 
 
 @brief
-def repeat(batch, count, engine, limit, until, patience, latencies):
-    """Submit the batch and wait until it is done, `limit` times in turn; how many were done.
+def make_durations(times, count, begin):
+    """Of the points in time after `begin`."""
+    for index in range(count):
+        put(times + 8 * index, get(times + 8 * index) - begin)
+
+
+@brief
+def repeat(batch, count, engine, done, limit, until, patience, latencies, rows, every):
+    """Submit the batch and wait until it is done, as numbers `done` to `limit`, in turn; the first one not done.
 
     None but the first begins after `until`, and none is waited for longer than `patience` ns. `latencies` is the
-    address of an int64 for each, in ns, or 0. The batch's QUEUED word tells how it ended: 0: well; REFUSED: `submit`
-    takes it not; else what that returned for one more, which is under way or has failed.
+    address of an int64 a number, in ns, or 0. Where `every` is not 0, one number in so many has its requests' own,
+    from its submission on, written to a row of `rows`. The batch's QUEUED word tells how it ended:
+    0: well; REFUSED: `submit` takes it not; else what that returned for one more, which is under way or has failed.
     """
     put(batch + QUEUED, 0)
-    for done in range(limit):
+    first = done
+    while done < limit:
         begin = now()
-        if begin >= until and done > 0:
+        if begin >= until and done > first:
             return done
+        row = 0
+        if every != 0:  # not a call's first batch, if it can be another: its peer sleeps, as Python was busy before it
+            row = rows + 8 * count * (done // every) if done % every == min(1, every - 1) else 0
+            put(batch + DONE_AT, row)
         put(batch + STARTED, begin)
         queued = submit(batch, count, engine)
         put(batch + QUEUED, queued if queued > 0 else REFUSED)
@@ -224,4 +238,7 @@ def repeat(batch, count, engine, limit, until, patience, latencies):
         put(batch + QUEUED, 0)
         if latencies != 0:
             put(latencies + 8 * done, now() - begin)
-    return limit
+        if row != 0:
+            make_durations(row, count, begin)
+        done += 1
+    return done

@@ -38,3 +38,17 @@ def advance(vector, at, end, moved):
         moved -= length
         at += 1
     return at
+
+
+@kernel
+def shorten(vector, at, end, nbytes):
+    """Cut an iovec array to its first `nbytes`: the new end, and the bytes taken from the entry before it."""
+    while at < end:
+        entry = vector + 16 * at
+        length = get(entry + 8)
+        at += 1
+        if length >= nbytes:
+            put(entry + 8, nbytes)
+            return at, length - nbytes
+        nbytes -= length
+    return end, 0

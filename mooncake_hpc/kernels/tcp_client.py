@@ -12,6 +12,7 @@ from mooncake_hpc.kernels.lane import (
     DOORBELL,
     EMPTY,
     FINISHED,
+    GOAL,
     HEAD,
     PATIENCE,
     PROGRESS,
@@ -21,7 +22,7 @@ from mooncake_hpc.kernels.lane import (
     outcome,
 )
 from mooncake_hpc.kernels.native import errno, fence, get, load, now, pause, poll, put, read, recvmsg, sendmsg, store
-from mooncake_hpc.kernels.sockets import DONTWAIT, EAGAIN, EINTR, NAP, NOSIGNAL, POLLIN, POLLOUT, advance
+from mooncake_hpc.kernels.sockets import DONTWAIT, EAGAIN, EINTR, NAP, NOSIGNAL, POLLIN, POLLOUT, advance, shorten
 from mooncake_hpc.kernels.tcp_lists import (
     EOF,
     FD,
@@ -40,6 +41,8 @@ from mooncake_hpc.kernels.tcp_lists import (
     describe_send,
     settle,
 )
+
+SIP = 512 << 10  # bytes received at a time where one request is awaited: it is read next, from the nearest cache
 
 
 @kernel
@@ -67,17 +70,22 @@ def _send(lane):
 
 
 @kernel
-def _receive(lane):
-    """Receive what is there now: bytes, 0 or -1 (broken)."""
+def _receive(lane, sip):
+    """Receive what is there now (`sip`: SIP bytes of it at most): bytes, 0 or -1 (broken)."""
     if get(lane + RECEIVE_AT) == get(lane + RECEIVE_END):
         describe_receive(lane)
         if get(lane + RECEIVE_END) == 0:
             return 0
     vector, at, end = get(lane + RECEIVE_LIST), get(lane + RECEIVE_AT), get(lane + RECEIVE_END)
+    cut = 0
+    if sip:
+        end, cut = shorten(vector, at, end, SIP)
     message = lane + RECEIVE_MESSAGE
     put(message + 16, vector + 16 * at)
     put(message + 24, end - at)
     got = recvmsg(get(lane + FD), message, DONTWAIT)
+    last = vector + 16 * (end - 1)
+    put(last + 8, get(last + 8) + cut)
     if got > 0:
         put(lane + RECEIVE_AT, advance(vector, at, end, got))
         put(lane + RECEIVED, get(lane + RECEIVED) + got)
@@ -112,7 +120,7 @@ def lead(lane, batch, until):
     quiet = budget = 0
     while True:
         moved = _send(lane)
-        got = _receive(lane) if moved >= 0 else -1
+        got = _receive(lane, batch != 0 and get(batch + GOAL) != 0) if moved >= 0 else -1
         code = settle(lane)
         if code != 0:
             put(lane + CAUSE, code)

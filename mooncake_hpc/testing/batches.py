@@ -167,17 +167,35 @@ class BatchConformance(Linked):
         with pytest.raises(AddressRejected):
             link.engine.repeat(requests(link.request(WRITE, 0, self.arena, 4096)), latencies, 1)
 
+    def test_repeat_times_requests_of_some_batches(self, link: Link) -> None:
+        records = requests(link.request(WRITE, 0, 0, 4096), link.request(READ, 0, 4096, 1 << 20))
+        for limit, expected in (30, [1, 9, 17, 25]), (3, [0, 1, 2]), (1, [0]), (6, [1, 3, 5]):
+            latencies, rows = np.zeros(limit, np.int64), np.full((4, 2), -1, np.int64)
+            assert link.engine.repeat(records, latencies, 60, None, rows) == limit
+            timed = rows[: len(expected)]
+            assert (timed > 0).all() and (timed.max(axis=1) <= latencies[expected]).all()
+            assert (rows[len(expected) :] == -1).all()
+        for wrong in np.zeros((4, 3), np.int64), np.zeros(2, np.int64), np.zeros((0, 2), np.int64):
+            with pytest.raises(ConfigError, match="rows of 2"):
+                link.engine.repeat(records, latencies, 60, None, wrong)
+
     def test_batches_longer_than_a_native_call_are_repeated(self, link: Link) -> None:
-        many, latencies = [link.request(READ, 0, 0, self.arena)] * 6, np.zeros(2, np.int64)
-        assert link.engine.repeat(requests(*many), latencies, 60) == 2
+        many, latencies, rows = (
+            [link.request(READ, 0, 0, self.arena)] * 6,
+            np.zeros(2, np.int64),
+            np.zeros((1, 6), np.int64),
+        )
+        assert link.engine.repeat(requests(*many), latencies, 60, None, rows) == 2
         assert (latencies > 0).all()
+        assert (rows > 0).all() and rows.max() <= latencies[1]
 
     def test_repeat_that_times_out_gives_the_memory_back(self, link: Link) -> None:
         link.peer.call("fill", link.remote, 21)
-        latencies = np.zeros(5, np.int64)
+        latencies, rows = np.zeros(1, np.int64), np.zeros((1, 20), np.int64)
+        many = requests(*[link.request(READ, 0, 0, self.arena)] * 20)
         with pytest.raises(TransferTimeout):
-            link.engine.repeat(requests(*[link.request(READ, 0, 0, self.arena)] * 20), latencies, 60, timeout=0.002)
-        assert not latencies.any()
+            link.engine.repeat(many, latencies, 60, 0.002, rows)
+        assert not latencies.any() and not rows.any()
         link.local[:] = 33
         time.sleep(0.2)
         assert (link.local == 33).all()
