@@ -13,6 +13,8 @@ from p2p_hosts import Answer, Fleet, Hosts, soon
 
 MIB = 1 << 20
 NAME, SEED = "model", 11
+TURNS = 5
+BENCH_SECONDS = 0.3  # of the bench beside a pull, which takes about as long
 MPI_TIMEOUT = 120.0
 VIRTUAL_SHELL = str(ROOT / "launch" / "virtual-shell")
 
@@ -181,23 +183,21 @@ LINK_GOALS = (
 )
 
 
-def one_reader_tcp(stage: Stage, size: int) -> Sample:
-    """One reader over loopback, no limit: the whole object, verified, into touched memory."""
+def one_reader_tcp(stage: Stage, size: int) -> tuple[Sample, Sample]:
+    """One reader over loopback, no limit: the whole object, verified, into touched memory; and the bench at 1 MiB
+    blocks over as much memory for about as long. In turn, the best of TURNS, as the first pull warms up."""
+    bench = Ours(stage)
     with Fleet(2, None, "tcp") as fleet:
         fleet.nodes[0].do("register", name=NAME, size=size, seed=SEED)
-        samples = []
-        for _ in range(3):
+        pulls, rates = [], []
+        for _ in range(TURNS):
             fleet.nodes[1].do("prepare", size=size)
             answer = fleet.nodes[1].do("pull", name=NAME, at=soon())
             _done(fleet, [1])
-            samples.append(Sample(answer["seconds"], size / answer["seconds"], answer["cpu"], 1.0, 0, answer["grown"]))
-    return min(samples, key=lambda sample: sample.seconds)
-
-
-def bench_tcp(stage: Stage, size: int) -> Sample:
-    """The bench at 1 MiB blocks, over the same amount of memory."""
-    told = Ours(stage).measure(Load("read", MIB, size // MIB), 1.0)
-    return Sample(size / told.bytes_per_second, told.bytes_per_second)
+            pulls.append(Sample(answer["seconds"], size / answer["seconds"], answer["cpu"], 1.0, 0, answer["grown"]))
+            rates.append(bench.measure(Load("read", MIB, size // MIB), BENCH_SECONDS).bytes_per_second)
+    rate = max(rates)
+    return min(pulls, key=lambda sample: sample.seconds), Sample(size / rate, rate)
 
 
 def bare_loop(stage: Stage, size: int) -> Sample:

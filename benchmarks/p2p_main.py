@@ -12,7 +12,7 @@ from typing import Any
 
 from contenders import Failed, Stage
 from load import Watch, calm
-from p2p_cases import LINKS, MIB, NEEDS, Links, Round, bare_loop, bench_tcp, one_reader_tcp, readers_of_one_host
+from p2p_cases import LINKS, MIB, NEEDS, Links, Round, bare_loop, one_reader_tcp, readers_of_one_host
 from p2p_hosts import Fleet, Hosts
 from p2p_metadata import measure
 from p2p_report import Results
@@ -51,7 +51,8 @@ def unlimited(options: argparse.Namespace, results: Results, tell: Tell) -> None
     with Stage("", size) as stage:
         for number in range(options.rounds):
             calm(0.15, options.calm, tell)
-            seen: Round = {"tcp": one_reader_tcp(stage, size), "bench": bench_tcp(stage, size)}
+            seen: Round = {}
+            seen["tcp"], seen["bench"] = one_reader_tcp(stage, size)
             seen["bare loop, hashed"] = bare_loop(stage, size)
             seen["shm"], seen["copyto"] = readers_of_one_host(READERS, size)
             results.host.append(seen)

@@ -42,7 +42,7 @@ from mooncake_hpc.kernels.tcp_lists import (
     settle,
 )
 
-SIP = 512 << 10  # bytes received at a time where one request is awaited: it is read next, from the nearest cache
+SIP = 256 << 10  # bytes received at a time where one request is awaited: it is read next, from the nearest cache
 
 
 @kernel

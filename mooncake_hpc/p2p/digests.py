@@ -10,7 +10,7 @@ from mooncake_hpc.errors import ConfigError
 
 DEFAULT = "xxh3-128"
 ALGORITHMS = (DEFAULT, "sha256", "blake2b")
-HASHED_AT_ONCE = 512 << 10  # bytes: little enough for a cache, enough for a call of Python's
+HASHED_AT_ONCE = 256 << 10  # bytes: little enough for a cache, enough for a call of Python's
 
 
 class Hasher(Protocol):
