@@ -13,7 +13,7 @@ from p2p_hosts import Answer, Fleet, Hosts, soon
 
 MIB = 1 << 20
 NAME, SEED = "model", 11
-TURNS = 5
+TURNS = 5  # pulls of one reader over tcp, each with a run of the bench after it
 BENCH_SECONDS = 0.3  # of the bench beside a pull, which takes about as long
 MPI_TIMEOUT = 120.0
 VIRTUAL_SHELL = str(ROOT / "launch" / "virtual-shell")

@@ -180,18 +180,15 @@ class BatchConformance(Linked):
                 link.engine.repeat(records, latencies, 60, None, wrong)
 
     def test_batches_longer_than_a_native_call_are_repeated(self, link: Link) -> None:
-        many, latencies, rows = (
-            [link.request(READ, 0, 0, self.arena)] * 6,
-            np.zeros(2, np.int64),
-            np.zeros((1, 6), np.int64),
-        )
+        many = [link.request(READ, 0, 0, self.arena)] * 6
+        latencies, rows = np.zeros(2, np.int64), np.zeros((1, 6), np.int64)
         assert link.engine.repeat(requests(*many), latencies, 60, None, rows) == 2
         assert (latencies > 0).all()
         assert (rows > 0).all() and rows.max() <= latencies[1]
 
     def test_repeat_that_times_out_gives_the_memory_back(self, link: Link) -> None:
         link.peer.call("fill", link.remote, 21)
-        latencies, rows = np.zeros(1, np.int64), np.zeros((1, 20), np.int64)
+        latencies, rows = np.zeros(5, np.int64), np.zeros((5, 20), np.int64)
         many = requests(*[link.request(READ, 0, 0, self.arena)] * 20)
         with pytest.raises(TransferTimeout):
             link.engine.repeat(many, latencies, 60, 0.002, rows)
