@@ -21,7 +21,8 @@ Requests = npt.NDArray[Any]
 Times = npt.NDArray[np.int64]
 CALL = 0.25, 2  # seconds, and batches' times, of a call of the engine, whichever is more; after one peers are asleep
 COUNTED = 1 << 15  # batches of a call at most
-TIMED = 256  # batches to one whose requests are timed, which costs 25 ns a request
+TIMED = 256  # batches, at least, to one whose requests are timed, which costs 25 ns a request
+TIMES = 1 << 16  # of requests a call, at most, but for one batch
 PROGRESS = 5.0  # seconds between two words about a verified run
 LAST_BATCH = 0.5  # seconds for a submitter to end after Ctrl-C
 Tell = Callable[[str], object]
@@ -166,7 +167,8 @@ class Runner:
     def _submit(self, me: _Submitter, start_line: threading.Barrier, limit: int | None, seconds: float) -> None:
         """One submitter's loop. The clock runs from before the submission to the return of the wait."""
         most = COUNTED if limit is None else min(limit, COUNTED)
-        latencies, rows = np.zeros(most, np.int64), np.zeros((-(-most // TIMED), len(me.requests)), np.int64)
+        timed, count = -(-most // TIMED), len(me.requests)
+        latencies, rows = np.zeros(most, np.int64), np.zeros((max(1, min(timed, TIMES // count)), count), np.int64)
         timeout, call = self._config.batch_timeout, CALL[0]
         start_line.wait(timeout=60)
         me.begin = me.end = time.monotonic_ns()
