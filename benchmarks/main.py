@@ -9,11 +9,12 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from cases import CASES, Case
 from contenders import Contender, Failed, Stage
-from load import Watch, calm
+from load import Calm, Watch
 from report import CaseResult, Results, progress_line
 from resources import facts
 
@@ -29,19 +30,19 @@ def own_seconds(stage: Stage) -> float:
 
 
 def run_case(
-    case: Case, stage: Stage, pairs: int, seconds: float, tell: Callable[[str], None], interrupts: bool = True
+    case: Case, stage: Stage, options: argparse.Namespace, tell: Callable[[str], None], calm: Calm
 ) -> CaseResult:
-    """All rounds of a case. A contender that fails ends it, and is told in the result. `interrupts`: whether what they
-    cost may be others' work, as it is not where devices are made of software."""
+    """All rounds of a case. A contender that fails ends it, and is told in the result."""
     result = CaseResult(case)
+    interrupts = options.suite == "tcp"  # what they cost is nobody else's work where devices are made of software
     contenders: dict[str, Contender] = {name: make(stage) for name, make in case.contenders.items()}
     try:
-        for number in range(pairs):
+        for number in range(options.pairs):
             watch = Watch(lambda: own_seconds(stage), interrupts)
             seen = {}
             for name, contender in contenders.items():
-                tell(f"{case.name}: round {number + 1} of {pairs}, {name}")
-                seen[name] = contender.measure(case.load, seconds)
+                tell(f"{case.name}: round {number + 1} of {options.pairs}, {name}")
+                seen[name] = calm.sample(partial(contender.measure, case.load, options.seconds))
             result.rounds.append(seen)
             result.others.append(watch.others())
     except Failed as error:
@@ -90,7 +91,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         type=float,
         default=0.0,
         metavar="SECONDS",
-        help="before each case wait at most this long for others to leave the machine alone [%(default)s]",
+        help="before each case wait at most this long for others to leave the machine alone, and take samples again "
+        "for as long in which the host moved our cores [%(default)s]",
     )
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="[benchmarks/results]")
     parser.add_argument(
@@ -117,10 +119,12 @@ def measure(options: argparse.Namespace, cases: list[Case], with_facts: bool, re
 
     largest = max([MIN_BUFFER, *(case.load.footprint for case in cases)])
     with Stage(options.original, largest) as stage:
+        calm = Calm(0.1, options.calm, tell)
         for case in cases:
-            calm(0.1, options.calm, tell)
-            results.cases.append(run_case(case, stage, options.pairs, options.seconds, tell, options.suite == "tcp"))
+            calm.wait()
+            results.cases.append(run_case(case, stage, options, tell, calm))
             say(progress_line(results.cases[-1]))
+        results.again = calm.again
         if with_facts:
             tell(f"{FACTS}: {options.batches} batches")
             try:

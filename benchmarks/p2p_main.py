@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from contenders import Failed, Stage
-from load import Watch, calm
-from p2p_cases import LINKS, MIB, NEEDS, Links, Round, bare_loop, one_reader_tcp, readers_of_one_host
+from load import Calm, Watch
+from p2p_cases import BENCH_BYTES, LINKS, MIB, NEEDS, Links, Round, bare_loop, one_reader_tcp, readers_of_one_host
 from p2p_hosts import Fleet, Hosts
 from p2p_metadata import measure
 from p2p_report import Results
@@ -29,8 +29,9 @@ def limited(options: argparse.Namespace, results: Results, tell: Tell) -> None:
     with Hosts(1 + READERS, options.rate) as hosts, Fleet(1 + READERS, hosts, "tcp") as fleet:
         links = Links(fleet, hosts, options.size * MIB, options.shard * MIB)
         links.pull(READERS)  # connections
+        calm = Calm(0.15, options.calm, tell)
         for number in range(options.rounds):
-            calm(0.15, options.calm, tell)
+            calm.wait()
             watch = Watch(lambda: fleet.cpu_seconds() + sum(os.times()[:4]), interrupts=False)
             seen: Round = {}
             for name in chosen:
@@ -47,13 +48,14 @@ def needed(name: str, only: Sequence[str]) -> bool:
 
 def unlimited(options: argparse.Namespace, results: Results, tell: Tell) -> None:
     """Rounds of one reader over tcp, and of eight on one host."""
-    size = options.large * MIB
-    with Stage("", size) as stage:
+    size, alone = options.large * MIB, options.alone * MIB
+    with Stage("", BENCH_BYTES) as stage:
+        calm = Calm(0.15, options.calm, tell)
         for number in range(options.rounds):
-            calm(0.15, options.calm, tell)
+            calm.wait()
             seen: Round = {}
-            seen["tcp"], seen["bench"] = one_reader_tcp(stage, size)
-            seen["bare loop, hashed"] = bare_loop(stage, size)
+            seen["tcp"], seen["bench"] = one_reader_tcp(stage, alone, calm)
+            seen["bare loop, hashed"] = calm.sample(lambda: bare_loop(stage, alone))
             seen["shm"], seen["copyto"] = readers_of_one_host(READERS, size)
             results.host.append(seen)
             told = ", ".join(f"{name} {sample.rate / 1e9:.2f} GB/s" for name, sample in seen.items())
@@ -82,7 +84,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rate", default="200mbit", help="of each link [%(default)s]")
     parser.add_argument("--size", type=int, default=64, help="MiB of the object over limited links [%(default)s]")
     parser.add_argument("--shard", type=int, default=1, help="MiB of its shards [%(default)s]")
-    parser.add_argument("--large", type=int, default=1024, help="MiB of the object without limits [%(default)s]")
+    parser.add_argument("--alone", type=int, default=4096, help="MiB of what one reader pulls over tcp [%(default)s]")
+    parser.add_argument("--large", type=int, default=1024, help="MiB of what readers of a host pull [%(default)s]")
     parser.add_argument("--part", choices=("all", *PARTS), default="all", help="[%(default)s]")
     parser.add_argument("--metadata-seconds", type=float, default=10.0, help="of announcements [%(default)s]")
     calm_help = "before each round wait at most this long for others to leave the machine alone"

@@ -73,7 +73,8 @@ class Results:
         lines = [
             f"Measured {self.began} on {here['cores']} cores ({here['cpu']}), Linux {here['kernel']}, Python "
             f"{here['python']}: {options['rounds']} rounds. Links of {options['rate']}, an object of {options['size']} "
-            f"MiB in shards of {options['shard']} MiB; without limits {options['large']} MiB. "
+            f"MiB in shards of {options['shard']} MiB; without limits {options['alone']} MiB for one reader, "
+            f"{options['large']} MiB for the readers of one host. "
             "Medians; ratios are medians of the rounds' own (least to greatest)."
         ]  # fmt: skip
         if self.others:

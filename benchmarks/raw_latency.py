@@ -108,23 +108,29 @@ def answer_turns(there: int, back: int, port: int) -> None:
 
 def line(seconds: float) -> tuple[float, float]:
     """Round trips a second of a cache line between the first and the last of our cores, and CPU seconds."""
-    cores = sorted(os.sched_getaffinity(0))
-    words = np.zeros(64, np.int64)
-    ours, theirs = int(words[16:].ctypes.data), int(words[48:].ctypes.data)
     turns = int(seconds * 1e6)
+    return 1e9 / round_trip(turns), time.process_time()
 
-    def other() -> None:
-        os.sched_setaffinity(0, cores[-1:])
-        bounce(theirs, ours, False, turns)
 
-    bounce(ours, ours, True, 1)  # so that nothing is compiled below
-    words[:] = 0
-    thread = threading.Thread(target=other, daemon=True)
-    os.sched_setaffinity(0, cores[:1])
-    thread.start()
-    spent = bounce(ours, theirs, True, turns)
-    thread.join(60)
-    return turns / (spent / 1e9), time.process_time()
+def round_trip(turns: int) -> float:
+    """Nanoseconds that a cache line takes there and back; 0 where there is one core only."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        return 0.0
+    words = np.zeros(128, np.int64)
+    base, spent = int(words.ctypes.data), [0, 0]
+
+    def play(number: int, first: int, second: int) -> None:
+        os.sched_setaffinity(0, {cores[-number]})
+        bounce(base + first, base + second, number == 0, 100)  # until both are there
+        spent[number] = bounce(base + 512 + first, base + 512 + second, number == 0, turns)
+
+    threads = [threading.Thread(target=play, args=each, daemon=True) for each in ((0, 128, 384), (1, 384, 128))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return spent[0] / turns
 
 
 def main() -> None:

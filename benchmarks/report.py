@@ -50,6 +50,7 @@ class Results:
     facts_failure: str = ""
     began: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S%z"))
     seconds: float = 0.0
+    again: int = 0  # samples that were taken again, as the host had moved the machine's cores
 
     @property
     def missed(self) -> list[str]:
@@ -70,6 +71,7 @@ class Results:
             "seconds": self.seconds,
             "machine": machine(),
             "options": self.options,
+            "again": self.again,
             "cases": [_case_dict(result) for result in self.cases],
             "facts": [{**asdict(fact), "met": fact.met} for fact in self.facts],
             "missed": self.missed,
@@ -110,6 +112,8 @@ class Results:
             lines.append(
                 f"Other work on the machine used {median(busy):.2f} cores in the median round, {max(busy):.2f} at most."
             )
+        if self.again:
+            lines.append(f"{self.again} samples were taken again: the host had moved the cores meanwhile.")
         for began in dict.fromkeys(result.began for result in self.cases if result.began):
             names = [result.case.name for result in self.cases if result.began == began]
             lines.append(f"Of a run that began {began}: {'; '.join(names)}.")

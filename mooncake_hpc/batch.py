@@ -26,6 +26,7 @@ from mooncake_hpc.kernels import leader
 from mooncake_hpc.request import WRITE
 
 if TYPE_CHECKING:
+    from mooncake_hpc.kernels.xxh3 import Digest
     from mooncake_hpc.transports.lane import Lane
 
 WORD, ERROR = layout.WORD // 8, layout.ERROR // 8
@@ -125,6 +126,22 @@ class Batch:
             else:
                 self._drive(min(until, now + LOOK))
         return int(status[number])
+
+    def digest(self, first: int, digest: Digest, timeout: float) -> int:
+        """Wait `timeout` seconds at most for the requests from number `first` on, one after the other, and take the
+        bytes of each into `digest` as soon as it is done: the number of the first that is not, or that failed."""
+        end = time.monotonic_ns() + int(timeout * 1e9)
+        while first < len(self) and (now := time.monotonic_ns()) < end:
+            if len(self._lanes) == 1:
+                until = min(end, now + NATIVE_CALL)
+                first = self._lanes[0].digest(self._arena.address, first, len(self), digest.address, until)
+            elif self.join_request(first, (end - now) / 1e9) > 0:
+                record = self._arena.requests[first]
+                digest.feed(int(record["local_addr"]), int(record["length"]))
+                first += 1
+            if first < len(self) and self._arena.status[first] < 0:
+                break
+        return first
 
     def cancel(self, timeout: float = 10.0) -> None:
         """Stop the batch; when this returns nothing touches its buffers any more.

@@ -58,3 +58,18 @@ def test_several_inputs() -> None:
 def test_too_short() -> None:
     with pytest.raises(ValueError, match="fewer"):
         xxh3.copy_and_digest([[(0, 0, xxh3.SHORTEST)], [(0, 0, xxh3.SHORTEST - 1)]])
+
+
+def test_digest_of_pieces() -> None:
+    rng = np.random.default_rng(5)
+    for length in (*EDGES, 30_000):
+        data = rng.integers(0, 256, length + 3, np.uint8)[3:]
+        for largest in (1, 64, 1024, 5000, length):
+            digest, at = xxh3.Digest(length), 0
+            while at < length:
+                size = int(rng.integers(0, min(largest, length - at), endpoint=True))
+                digest.update(data[at : at + size])
+                at += size
+            assert digest.digest() == xxh3_128(data).digest(), (length, largest)
+    with pytest.raises(ValueError, match="fewer"):
+        xxh3.Digest(xxh3.SHORTEST - 1)

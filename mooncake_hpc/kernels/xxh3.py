@@ -1,9 +1,11 @@
-"""Copy bytes and make their XXH3 128-bit digest in one pass, each byte read once.
+"""XXH3 128-bit digests in native code: of bytes that are copied on the way, each read once, or as they are received.
 
 A copy followed by the library's digest reads everything twice and, without streaming stores, three times; where many
-processes copy at once, memory bandwidth is what all of them wait for. The algorithm is xxHash's specification of
-XXH3 for inputs above 240 bytes (https://github.com/Cyan4973/xxHash, doc/xxhash_spec.md); tests compare it with the
-library's. Eight 64-bit lanes take in a stripe of 64 bytes; a block is 16 stripes, after which lanes are scrambled.
+processes copy at once, memory bandwidth is what all of them wait for. The library's digest of what a lane receives
+takes a step of Python's for each piece that a cache holds; `kernels.digesting` takes none. The algorithm is xxHash's
+specification of XXH3 for inputs above 240 bytes (https://github.com/Cyan4973/xxHash, doc/xxhash_spec.md); tests
+compare it with the library's. Eight 64-bit lanes take in a stripe of 64 bytes; a block is 16 stripes, after which lanes
+are scrambled.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from mooncake_hpc.kernels.compiled import kernel
+from mooncake_hpc.kernels.compiled import brief, kernel
 from mooncake_hpc.kernels.native import I8, I32, I64, copy, fence, get, put
 from mooncake_hpc.memory import data_address
 
@@ -46,7 +48,9 @@ BEFORE = STRIPE
 OPEN = BEFORE + STRIPE
 FILLED = OPEN + BLOCK
 LEFT = FILLED + 8  # bytes that are still to come
-STATE_SIZE = LEFT + 8
+LENGTH = LEFT + 8  # of all
+KEY = LENGTH + 8  # address of the secret
+STATE_SIZE = KEY + 8
 
 _I128 = ir.IntType(128)
 _LANES = ir.VectorType(I64, 8)
@@ -94,8 +98,8 @@ def _stripe(typingctx, lanes, source, secret):
 
 
 def _block(alignment):
-    """Copies a block from `source` to `destination` and takes it in; past the caches where the destination is a
-    multiple of `alignment` bytes, 16 or more."""
+    """Takes in the block at `source`. Copies it to `destination` on the way unless `alignment` is 0; past the caches
+    where the destination is a multiple of `alignment` bytes, 16 or more."""
 
     def block(typingctx, lanes, destination, source, secret):
         def gen(ctx, b, sig, args):
@@ -104,9 +108,10 @@ def _block(alignment):
             for index in range(STRIPES):
                 _prefetch(b, args[2], STRIPE * index + AHEAD)
                 data = b.load(_at(b, args[2], STRIPE * index), align=1)
-                stored = b.store(data, _at(b, args[1], STRIPE * index), align=alignment)
-                if alignment >= SHORT:
-                    _streaming(b, stored)
+                if alignment:
+                    stored = b.store(data, _at(b, args[1], STRIPE * index), align=alignment)
+                    if alignment >= SHORT:
+                        _streaming(b, stored)
                 state = _take_in(b, state, data, b.load(_at(b, args[3], 8 * index), align=1))
             state = b.xor(state, b.lshr(state, _all(47)))
             state = b.xor(state, b.load(_at(b, args[3], SCRAMBLE), align=1))
@@ -118,11 +123,11 @@ def _block(alignment):
     return intrinsic(block)
 
 
-_copy_block, _stream_short, _stream_block = _block(1), _block(SHORT), _block(STRIPE)
+_take_block, _copy_block, _stream_short, _stream_block = _block(0), _block(1), _block(SHORT), _block(STRIPE)
 
 
 @intrinsic
-def _begin(typingctx, lanes):
+def _begin_lanes(typingctx, lanes):
     """The lanes before anything is taken in."""
 
     def gen(ctx, b, sig, args):
@@ -149,10 +154,19 @@ def _merge(typingctx, lanes, key, start):
     return types.int64(*[types.int64] * 3), gen
 
 
+@brief
+def _begin(state, length):
+    """Begin the digest of `length` bytes."""
+    _begin_lanes(state)
+    put(state + FILLED, 0)
+    put(state + LENGTH, length)
+    put(state + LEFT, length)
+
+
 @kernel
-def _finish_block(state, secret):
+def _finish_block(state):
     """Take in the unfinished block, which is whole, and begin the next one."""
-    _copy_block(state, state + OPEN, state + OPEN, secret)
+    _take_block(state, 0, state + OPEN, get(state + KEY))
     copy(state + BEFORE, state + OPEN + BLOCK - STRIPE, STRIPE)
     put(state + FILLED, 0)
 
@@ -162,7 +176,8 @@ def _fill_open(state, destination, source, length):
     """Copy as much as the unfinished block has room for; the bytes."""
     filled = get(state + FILLED)
     size = min(BLOCK - filled, length)
-    copy(destination, source, size)
+    if destination != source:
+        copy(destination, source, size)
     copy(state + OPEN + filled, destination, size)
     put(state + FILLED, filled + size)
     put(state + LEFT, get(state + LEFT) - size)
@@ -170,10 +185,13 @@ def _fill_open(state, destination, source, length):
 
 
 @kernel
-def _whole_blocks(state, destination, source, length, secret):
+def _whole_blocks(state, destination, source, length):
     """Copy whole blocks, but none that would be the last of all; the bytes."""
-    blocks = min(length, get(state + LEFT) - 1) // BLOCK
-    if destination % STRIPE == 0:
+    blocks, secret = min(length, get(state + LEFT) - 1) // BLOCK, get(state + KEY)
+    if destination == source:
+        for index in range(blocks):
+            _take_block(state, 0, source + index * BLOCK, secret)
+    elif destination % STRIPE == 0:
         for index in range(blocks):
             _stream_block(state, destination + index * BLOCK, source + index * BLOCK, secret)
     elif destination % SHORT == 0:  # where numpy's large arrays begin
@@ -191,31 +209,22 @@ def _whole_blocks(state, destination, source, length, secret):
 
 
 @kernel
-def _feed(state, destination, source, length, secret):
-    """Copy `length` bytes and take them in."""
+def feed(state, destination, source, length):
+    """Copy `length` bytes, unless they are in their place already, and take them in."""
     done = 0
     while done < length:
         if get(state + FILLED) == 0:
-            done += _whole_blocks(state, destination + done, source + done, length - done, secret)
+            done += _whole_blocks(state, destination + done, source + done, length - done)
         if done < length:
             done += _fill_open(state, destination + done, source + done, length - done)
             if get(state + FILLED) == BLOCK and get(state + LEFT) > 0:
-                _finish_block(state, secret)
+                _finish_block(state)
 
 
-@kernel
-def _copy_one(state, extents, count, secret, digest):
-    """Copy `count` extents {destination, source, bytes} one after the other, and write the digest of them all."""
-    length = 0
-    for index in range(count):
-        length += get(extents + EXTENT * index + 16)
-    _begin(state)
-    put(state + FILLED, 0)
-    put(state + LEFT, length)
-    for index in range(count):
-        extent = extents + EXTENT * index
-        _feed(state, get(extent), get(extent + 8), get(extent + 16), secret)
-    filled = get(state + FILLED)
+@brief
+def _finish(state, digest):
+    """Write the digest of all that was taken in."""
+    filled, length, secret = get(state + FILLED), get(state + LENGTH), get(state + KEY)
     for index in range((filled - 1) // STRIPE):
         _stripe(state, state + OPEN + STRIPE * index, secret + 8 * index)
     _stripe(state, state + OPEN + filled - STRIPE, secret + LAST)
@@ -224,16 +233,27 @@ def _copy_one(state, extents, count, secret, digest):
 
 
 @kernel
-def _copy_all(state, extents, counts, inputs, secret, digests):
-    """For each of the inputs, the number of whose extents is in `counts`."""
+def _copy_all(state, extents, counts, inputs, digests):
+    """For each of the inputs: copy its extents {destination, source, bytes}, whose number is in `counts`, one after the
+    other, and write the digest of them all."""
     for index in range(inputs):
-        count = get(counts + 8 * index)
-        _copy_one(state, extents, count, secret, digests + DIGEST * index)
-        extents += EXTENT * count
+        count, length = get(counts + 8 * index), 0
+        for number in range(count):
+            length += get(extents + EXTENT * number + 16)
+        _begin(state, length)
+        for _ in range(count):
+            feed(state, get(extents), get(extents + 8), get(extents + 16))
+            extents += EXTENT
+        _finish(state, digests + DIGEST * index)
 
 
 _SECRET: npt.NDArray[np.uint8] = np.frombuffer(SECRET, np.uint8).copy()
-_SECRET_ADDRESS = data_address(_SECRET)
+
+
+def _new_state() -> npt.NDArray[np.int64]:
+    state = np.zeros(STATE_SIZE // 8, np.int64)
+    state[KEY // 8] = data_address(_SECRET)
+    return state
 
 
 def copy_and_digest(inputs: Sequence[Sequence[Extent]]) -> list[bytes]:
@@ -243,13 +263,43 @@ def copy_and_digest(inputs: Sequence[Sequence[Extent]]) -> list[bytes]:
     Each input must be at least SHORTEST bytes; ValueError. The GIL is not held.
     """
     for extents in inputs:
-        length = sum(nbytes for *_, nbytes in extents)
-        if length < SHORTEST:
-            raise ValueError(f"{length} bytes are fewer than {SHORTEST}")
+        _check(sum(nbytes for *_, nbytes in extents))
     rows = np.array([extent for extents in inputs for extent in extents], np.int64)
     counts = np.array([len(extents) for extents in inputs], np.int64)
-    state, digests = np.zeros(STATE_SIZE, np.uint8), np.zeros(DIGEST * len(inputs), np.uint8)
+    state, digests = _new_state(), np.zeros(DIGEST * len(inputs), np.uint8)
     places = [data_address(array) for array in (state, rows, counts)]
-    _copy_all(*places, len(inputs), _SECRET_ADDRESS, data_address(digests))
+    _copy_all(*places, len(inputs), data_address(digests))
     data = digests.tobytes()
     return [data[at : at + DIGEST] for at in range(0, len(data), DIGEST)]
+
+
+def _check(length: int) -> None:
+    if length < SHORTEST:
+        raise ValueError(f"{length} bytes are fewer than {SHORTEST}")
+
+
+class Digest:
+    """The XXH3 128-bit digest of `length` bytes, SHORTEST or more (else ValueError), that come in pieces.
+
+    Used as one of hashlib's, once; and by kernels, which `feed` the state at `address`.
+    """
+
+    def __init__(self, length: int) -> None:
+        _check(length)
+        self._state = _new_state()
+        self.address = data_address(self._state)
+        _begin(self.address, length)
+
+    def update(self, data: npt.NDArray[np.uint8], /) -> None:
+        """Take in a contiguous array of bytes. The GIL is not held."""
+        self.feed(data_address(data), data.nbytes)
+
+    def feed(self, address: int, nbytes: int) -> None:
+        """As `update`, of memory that the caller keeps."""
+        feed(self.address, address, address, nbytes)
+
+    def digest(self) -> bytes:
+        """The 16 bytes, once all have been taken in."""
+        result = np.zeros(DIGEST, np.uint8)
+        _finish(self.address, data_address(result))
+        return result.tobytes()

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.kernels import xxh3
 
 DEFAULT = "xxh3-128"
 ALGORITHMS = (DEFAULT, "sha256", "blake2b")
 HASHED_AT_ONCE = 256 << 10  # bytes: little enough for a cache, enough for a call of Python's
+NATIVE_FROM = 2 << 20  # bytes of a shard: below, making a native digest takes longer than the calls that it saves
 
 
 class Hasher(Protocol):
@@ -19,6 +21,14 @@ class Hasher(Protocol):
     def update(self, data: Any, /) -> None: ...
 
     def digest(self) -> bytes: ...
+
+
+def receiving_hashers(algorithm: str) -> Callable[[int], Hasher | xxh3.Digest]:
+    """As `hashers`, for so many bytes that are being received: the native one, for `Batch.digest`, where that wins."""
+    new = hashers(algorithm)
+    if algorithm != DEFAULT:
+        return lambda length: new()
+    return lambda length: xxh3.Digest(length) if length >= NATIVE_FROM else new()
 
 
 def hashers(algorithm: str) -> Callable[[], Hasher]:

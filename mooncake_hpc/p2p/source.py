@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from mooncake_hpc.errors import MooncakeError, PeerLost, TransferError
+from mooncake_hpc.kernels import xxh3
 from mooncake_hpc.p2p.board import News, read_board
 from mooncake_hpc.p2p.catalogue import Holder
 from mooncake_hpc.p2p.copying import Copier
-from mooncake_hpc.p2p.digests import HASHED_AT_ONCE, Hasher, hashers
+from mooncake_hpc.p2p.digests import HASHED_AT_ONCE, Hasher, receiving_hashers
 from mooncake_hpc.p2p.layout import Bytes, Layout, Memory, pair
 from mooncake_hpc.p2p.manifest import Manifest
 from mooncake_hpc.request import READ, REQUEST
@@ -119,7 +120,7 @@ class Worker:
         self.copy = copy
         self.transport = ""
         self._engine, self._listener = engine, listener
-        self._manifest, self._new_hasher = manifest, hashers(manifest.algorithm)
+        self._manifest, self._new_hasher = manifest, receiving_hashers(manifest.algorithm)
         self._remote = Layout(list(zip(holder.bases, manifest.sizes, strict=True)))
         self._given: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._jobs: deque[Job] = deque()
@@ -278,40 +279,38 @@ class Worker:
 
     def _submit(self, job: Job, segment: Segment) -> None:
         begin, end = job.asked, min(job.asked + self._piece, job.end)
-        grains = [
-            (ours + at, theirs + at, min(HASHED_AT_ONCE, nbytes - at))
+        reads = [
+            (READ, segment.id, ours + at, theirs + at, min(HASHED_AT_ONCE, nbytes - at))
             for ours, theirs, nbytes in pair(job.target, self._remote, begin, end)
             for at in range(0, nbytes, HASHED_AT_ONCE)
         ]
-        requests = np.empty(len(grains), REQUEST)
-        requests["opcode"], requests["target_id"] = READ, segment.id
-        requests["local_addr"], requests["remote_addr"], requests["length"] = zip(*grains, strict=True)
-        batch = self._engine.submit(requests)
-        ends = [begin + nbytes for nbytes in accumulate(nbytes for *_, nbytes in grains)]
+        batch = self._engine.submit(np.array(reads, REQUEST))
+        ends = [begin + nbytes for nbytes in accumulate(nbytes for *_, nbytes in reads)]
         self._pieces.append(_Piece(job, batch, ends, end - begin, time.monotonic()))
         self._bytes += end - begin
         job.asked = end
 
     def _take_in(self, piece: _Piece) -> None:
-        """Hash the piece as it comes, for LOOK seconds without a request at most."""
-        job, batch, at, status = piece.job, piece.batch, piece.job.hashed, 1
-        hasher = job.hasher = job.hasher or self._new_hasher()
-        while piece.come < len(piece.ends) and (status := batch.join_request(piece.come, LOOK)) > 0:
-            end = piece.ends[piece.come]
-            for view in job.target.views(at, end):
+        """Hash the piece as it comes, for LOOK seconds at most."""
+        job, batch, before = piece.job, piece.batch, piece.come
+        hasher = job.hasher = job.hasher or self._new_hasher(job.end - job.begin)
+        if isinstance(hasher, xxh3.Digest):
+            piece.come = batch.digest(before, hasher, LOOK)
+        elif batch.join_request(before, LOOK) > 0:
+            for view in job.target.views(job.hashed, piece.ends[before]):
                 hasher.update(view)
-            at, piece.come = end, piece.come + 1
-        if at > job.hashed:
-            self._came(job, at)
-        if status > 0:
+            piece.come += 1
+        if piece.come > before:
+            self._came(job, piece.ends[piece.come - 1])
+        if piece.come == len(piece.ends):
             self._pieces.popleft()
             self._bytes -= piece.nbytes
             if not job.left:
                 self._finish([job], [hasher.digest()])
-        elif status < 0:
+        elif (status := batch.join_request(piece.come, 0)) < 0:
             batch.join(LOOK)
             raise batch.error or PeerLost(f"segment {self.holder.segment!r} gives nothing")
-        elif time.monotonic() - max(piece.since, self._heard) > self._silence:
+        elif status == 0 and time.monotonic() - max(piece.since, self._heard) > self._silence:
             self._silence = min(2 * self._silence, SILENCE[1])
             raise PeerLost(f"segment {self.holder.segment!r} sends nothing")
 

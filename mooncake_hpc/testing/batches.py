@@ -10,9 +10,11 @@ import time
 
 import numpy as np
 import pytest
+from xxhash import xxh3_128
 
 from mooncake_hpc import READ, REQUEST, WRITE
 from mooncake_hpc.errors import AddressRejected, ConfigError, TransferError, TransferTimeout
+from mooncake_hpc.kernels.xxh3 import Digest
 from mooncake_hpc.testing.link import Link, Linked, address, requests, run_threads
 from mooncake_hpc.testing.peer import digest, pattern
 
@@ -149,6 +151,24 @@ class BatchConformance(Linked):
         assert many.join_request(19, 0.001) == 0
         many.cancel()
         assert many.join_request(19, 10) < 0
+
+    def test_digest_of_requests(self, link: Link) -> None:
+        """Of the bytes as they come; it ends at what fails, and at the time-out."""
+        link.peer.call("fill", link.remote, 29)
+        size = self.arena // 40
+        link.local[:] = 0
+        batch = link.engine.submit(requests(*[link.request(READ, at, at, size) for at in range(0, 40 * size, size)]))
+        taken, come = Digest(40 * size), 0
+        while come < 40:
+            assert batch.join_request(come, 0) >= 0
+            come = batch.digest(come, taken, 10)
+        assert taken.digest() == xxh3_128(pattern(29, self.arena)[: 40 * size].data).digest()
+        many = link.engine.submit(requests(*[link.request(READ, 0, 0, self.arena)] * 20))
+        taken = Digest(20 * self.arena)
+        assert many.digest(0, taken, 0.001) < 20
+        many.cancel()
+        assert many.digest(19, taken, 10) == 19
+        assert many.join_request(19, 0) < 0
 
     def test_repeat(self, link: Link) -> None:
         link.local[:] = pattern(27, self.arena)

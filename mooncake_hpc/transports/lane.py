@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mooncake_hpc.errors import PeerLost, TransferTimeout
+from mooncake_hpc.kernels import digesting, leader
 from mooncake_hpc.kernels import lane as layout
-from mooncake_hpc.kernels import leader
 from mooncake_hpc.kernels.compiled import Entry
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ SHARED_KERNELS = (  # what this module and `batch` call; transports compile them
     layout.enqueue, layout.await_room, layout.hurry, layout.seize, layout.go_up, layout.ring_thread, layout.ring_leader,
     layout.abandon, layout.finish_head, layout.fail_all, layout.drop_cancelled, leader.drive, leader.attend,
     leader.await_work, leader.hand_over, leader.await_batch, leader.await_request,
+    digesting.digest_requests,
 )  # fmt: skip
 
 
@@ -126,6 +127,12 @@ class Lane(ABC):
     def drive_to(self, batch: int, request: int, until: int) -> None:
         """As `drive`, until this one of the batch's requests is done."""
         leader.await_request(self.address, batch, request, until)
+
+    def digest(self, batch: int, first: int, end: int, state: int, until: int) -> int:
+        """As `drive_to` for the requests from `first` to `end`, each fed to an `xxh3.Digest` when it is done: the
+        number of the first that is not, at `until` or since it failed."""
+        number: int = digesting.digest_requests(self.address, batch, first, end, until, state)
+        return number
 
     def hurry(self) -> None:
         """Have the lane's thread move the queue at once: somebody waits who cannot."""
