@@ -291,15 +291,13 @@ class Worker:
         job.asked = end
 
     def _take_in(self, piece: _Piece) -> None:
-        """Hash the piece as it comes, for LOOK seconds at most."""
+        """Hash the piece as it comes, for LOOK seconds at most, or without a request."""
         job, batch, before = piece.job, piece.batch, piece.come
         hasher = job.hasher = job.hasher or self._new_hasher(job.end - job.begin)
         if isinstance(hasher, xxh3.Digest):
             piece.come = batch.digest(before, hasher, LOOK)
-        elif batch.join_request(before, LOOK) > 0:
-            for view in job.target.views(job.hashed, piece.ends[before]):
-                hasher.update(view)
-            piece.come += 1
+        else:
+            _hash(piece, hasher)
         if piece.come > before:
             self._came(job, piece.ends[piece.come - 1])
         if piece.come == len(piece.ends):
@@ -355,6 +353,16 @@ class Worker:
             if job in self._jobs:
                 self._jobs.remove(job)
             job.ended.set()
+
+
+def _hash(piece: _Piece, hasher: Hasher) -> None:
+    """Hash the requests of the piece as they come, for LOOK seconds without one at most."""
+    job, at = piece.job, piece.job.hashed
+    while piece.come < len(piece.ends) and piece.batch.join_request(piece.come, LOOK) > 0:
+        end = piece.ends[piece.come]
+        for view in job.target.views(at, end):
+            hasher.update(view)
+        at, piece.come = end, piece.come + 1
 
 
 def end_batch(batch: Batch) -> None:
