@@ -50,7 +50,7 @@ class Results:
     facts_failure: str = ""
     began: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S%z"))
     seconds: float = 0.0
-    again: int = 0  # samples that were taken again, as the host had moved the machine's cores
+    again: int = 0  # samples that were taken again, as the cores were nearer each other, or farther, than usual
 
     @property
     def missed(self) -> list[str]:
@@ -113,7 +113,8 @@ class Results:
                 f"Other work on the machine used {median(busy):.2f} cores in the median round, {max(busy):.2f} at most."
             )
         if self.again:
-            lines.append(f"{self.again} samples were taken again: the host had moved the cores meanwhile.")
+            what = "the cores were nearer each other, or farther, than usual"
+            lines.append(f"{self.again} samples were taken again: {what}.")
         for began in dict.fromkeys(result.began for result in self.cases if result.began):
             names = [result.case.name for result in self.cases if result.began == began]
             lines.append(f"Of a run that began {began}: {'; '.join(names)}.")

@@ -7,6 +7,7 @@ import itertools
 import random
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,7 @@ SIZES = (  # block × batch, with one thread
     (16 << 20, 1), (16 << 20, 32),
 )  # fmt: skip
 SMALL = ("--block_size=65536", "--batch_size=32", "--threads=2", f"--buffer_size={16 << 20}", "--duration=1")
+BRIEF = "--duration=0.3"  # of ours: the original's are whole seconds
 PROTO_1 = {"MC_TCP_PROTO": "1"}
 FRAMINGS = [pytest.param({}, id="v2"), pytest.param(PROTO_1, id="v1")]
 POOLS = [pytest.param({"MC_TCP_ENABLE_CONNECTION_POOL": str(i)}, id=f"pool{i}") for i in (1, 0)]
@@ -112,24 +114,31 @@ def initiate(command: tuple[str, ...], etcd: str, segment: str, *flags: str, **e
     assert batches > 0
 
 
+def initiate_both(command: tuple[str, ...], etcd: str, segment: str, *flags: str, **env: str) -> None:
+    """As `initiate`, an initiator that reads and one that writes at the same time."""
+    with ThreadPoolExecutor(len(OPERATIONS)) as pool:
+        for each in [
+            pool.submit(initiate, command, etcd, segment, *flags, f"--operation={o}", **env) for o in OPERATIONS
+        ]:
+            each.result()
+
+
 # --- commands against commands --------------------------------------------------------------------------------
 
 
 @version_axis
-@operation_axis
 @framing_axis
 @pytest.mark.parametrize("pool", POOLS)
 def test_the_original_addresses_our_target(
-    etcd: str, our_target: str, version: str, operation: str, framing: dict[str, str], pool: dict[str, str]
+    etcd: str, our_target: str, version: str, framing: dict[str, str], pool: dict[str, str]
 ) -> None:
-    initiate(peer_bench(version), etcd, our_target, *SMALL, f"--operation={operation}", **framing, **pool)
+    initiate_both(peer_bench(version), etcd, our_target, *SMALL, **framing, **pool)
 
 
 @pytest.mark.slow
-@operation_axis
 @size_axis
-def test_sizes_of_the_originals_requests(etcd: str, our_target: str, operation: str, block: int, batch: int) -> None:
-    initiate(peer_bench(NEWEST), etcd, our_target, *size_flags(block, batch), f"--operation={operation}")
+def test_sizes_of_the_originals_requests(etcd: str, our_target: str, block: int, batch: int) -> None:
+    initiate_both(peer_bench(NEWEST), etcd, our_target, *size_flags(block, batch))
 
 
 @operation_axis
@@ -137,15 +146,14 @@ def test_sizes_of_the_originals_requests(etcd: str, our_target: str, operation: 
 def test_we_address_the_originals_target(
     etcd: str, original_target: str, operation: str, framing: dict[str, str]
 ) -> None:
-    initiate(OUR_BENCH, etcd, original_target, *SMALL, f"--operation={operation}", "--verify", "--workers=0", **framing)
+    flags = (*SMALL, BRIEF, f"--operation={operation}", "--verify", "--workers=0")
+    initiate(OUR_BENCH, etcd, original_target, *flags, **framing)
 
 
 @pytest.mark.slow
-@operation_axis
 @size_axis
-def test_sizes_of_our_requests(etcd: str, large_original_target: str, operation: str, block: int, batch: int) -> None:
-    flags = (*size_flags(block, batch), f"--operation={operation}")
-    initiate(OUR_BENCH, etcd, large_original_target, *flags)
+def test_sizes_of_our_requests(etcd: str, large_original_target: str, block: int, batch: int) -> None:
+    initiate_both(OUR_BENCH, etcd, large_original_target, *size_flags(block, batch), BRIEF)
 
 
 @version_axis
@@ -155,11 +163,10 @@ def test_peer_to_peer_handshake(version: str) -> None:
     with bench_target(OUR_BENCH, *flags, *SMALL, ready=our_name) as name:
         for operation in OPERATIONS:
             run_bench(peer_bench(version), *flags, *SMALL, f"--segment_id={name}", f"--operation={operation}")
+    ours = (*OUR_BENCH, *flags, *SMALL, BRIEF, "--verify", "--workers=0")
     with bench_target(peer_bench(version), *flags, *SMALL, ready=answering) as name:
         for operation in OPERATIONS:
-            run_bench(
-                OUR_BENCH, *flags, *SMALL, f"--segment_id={name}", f"--operation={operation}", "--verify", "--workers=0"
-            )
+            run_bench(ours, f"--segment_id={name}", f"--operation={operation}")
 
 
 # --- Python API -----------------------------------------------------------------------------------------------
