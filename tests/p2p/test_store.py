@@ -23,6 +23,7 @@ from mooncake_hpc.errors import (
     TransferTimeout,
 )
 from mooncake_hpc.p2p import P2PStore, source
+from mooncake_hpc.p2p.digests import ALGORITHMS, NATIVE_FROM
 from mooncake_hpc.p2p.progress import Progress
 from mooncake_hpc.remote import Segment
 from mooncake_hpc.settings import Settings
@@ -94,6 +95,17 @@ def test_a_shard_larger_than_the_object(opener: Open) -> None:
     trainer, reader = opener(), opener()
     trainer.register("o", data := content(1000), shard_size=1 << 30)
     assert np.array_equal(reader.get_replica("o", timeout=60).arrays[0], data)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_long_shards_over_the_wire(opener: Open, algorithm: str) -> None:
+    """What is hashed natively, and otherwise; across borders of buffers; the last one is short."""
+    trainer, reader = opener(), opener()
+    parts = [content(3 * NATIVE_FROM + 77, 1), content(1000, 2), content(2 * NATIVE_FROM, 3)]
+    manifest = trainer.register("o", parts, shard_size=NATIVE_FROM, algorithm=algorithm)
+    replica = reader.get_replica("o", timeout=60)
+    assert all(np.array_equal(one, other) for one, other in zip(replica.arrays, parts, strict=True))
+    assert manifest.shards == replica.progress.shards_done == 6 and not replica.progress.wrong
 
 
 @pytest.mark.parametrize("name", ["a/b", "..", "ü \n%41", "current", "x" * 500])
@@ -228,10 +240,11 @@ def test_progress_deadline_and_cancel(opener: Open, slow_sources: None) -> None:
 
 
 @pytest.mark.slow
-def test_wrong_bytes_come_from_elsewhere(opener: Open) -> None:
+@pytest.mark.parametrize("shard_size", [SHARD, NATIVE_FROM])
+def test_wrong_bytes_come_from_elsewhere(opener: Open, shard_size: int) -> None:
     trainer, liar, reader = opener(), opener(), opener()
-    data = content(12 * SHARD)
-    trainer.register("o", data, shard_size=SHARD)
+    data = content(12 * shard_size)
+    trainer.register("o", data, shard_size=shard_size)
     theirs = np.zeros_like(data)
     liar.get_replica("o", theirs, timeout=60)
     theirs[::1000] ^= 1
