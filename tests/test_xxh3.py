@@ -64,7 +64,7 @@ def test_digest_of_pieces() -> None:
     rng = np.random.default_rng(5)
     for length in (*EDGES, 30_000):
         data = rng.integers(0, 256, length + 3, np.uint8)[3:]
-        for largest in (1, 64, 1024, 5000, length):
+        for largest in (1, 64, 1024, 5000, length) if length < 10_000 else (5000, length):
             digest, at = xxh3.Digest(length), 0
             while at < length:
                 size = int(rng.integers(0, min(largest, length - at), endpoint=True))
