@@ -155,7 +155,7 @@ def source_address(peer: str) -> str | None:
 
 
 def bind_listener(
-    host: str, ports: Iterable[int], bind_all: bool = False, backlog: int = 128, hint: str = ""
+    host: str, ports: Iterable[int], bind_all: bool = False, backlog: int = socket.SOMAXCONN, hint: str = ""
 ) -> socket.socket:
     """A listening TCP socket on `host` (with `bind_all` on every address of its family),
     on the first free port of `ports`.

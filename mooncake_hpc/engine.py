@@ -99,7 +99,7 @@ class TransferEngine:
         spec = metadata if isinstance(metadata, str) else metadata.spec
         store = self._open_store(metadata)
         host = host or published_address(name, spec, settings)
-        listener = bind_listener(host, [0], bind_all, settings.handshake_backlog, "")
+        listener = bind_listener(host, [0], bind_all)
         compile_ahead(slicer.submit, slicer.reset, slicer.cut, slicer.assign)
         self._transports = make_transports(protocol, listener, host, settings, devices)
         self._closers += [transport.close for transport in self._transports]

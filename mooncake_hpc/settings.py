@@ -50,7 +50,7 @@ class Settings:
     rpc_port_max: int = 17000  # MC_MAX_RPC_PORT
     legacy_rpc_port: bool = False  # MC_LEGACY_RPC_PORT_BINDING: RPC listens on the port of the segment name
     handshake_port: int = 12001  # MC_HANDSHAKE_PORT: default port of a name that has none
-    handshake_backlog: int = 128  # MC_HANDSHAKE_LISTEN_BACKLOG
+    handshake_backlog: int = 4096  # MC_HANDSHAKE_LISTEN_BACKLOG
     handshake_connect_timeout: float = 5.0  # MC_HANDSHAKE_CONNECT_TIMEOUT
     handshake_max_length: int = 1 << 20  # MC_HANDSHAKE_MAX_LENGTH: longest RPC frame, at most 128 MiB
     use_ipv6: bool = False  # MC_USE_IPV6: prefer IPv6 where the published address is not given
@@ -82,7 +82,7 @@ class Settings:
             rpc_port_max=read.port("MC_MAX_RPC_PORT", 17000),
             legacy_rpc_port=read.boolean("MC_LEGACY_RPC_PORT_BINDING"),
             handshake_port=read.integer("MC_HANDSHAKE_PORT", 12001, 1, 65535),
-            handshake_backlog=read.integer("MC_HANDSHAKE_LISTEN_BACKLOG", 128, 1, 65535),
+            handshake_backlog=read.integer("MC_HANDSHAKE_LISTEN_BACKLOG", 4096, 1, 65535),
             handshake_connect_timeout=read.seconds("MC_HANDSHAKE_CONNECT_TIMEOUT", 5.0),
             handshake_max_length=read.integer("MC_HANDSHAKE_MAX_LENGTH", 1 << 20, 1 << 10, 128 << 20),
             use_ipv6=read.boolean("MC_USE_IPV6"),

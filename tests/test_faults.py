@@ -28,6 +28,7 @@ from mooncake_hpc.settings import Settings
 from mooncake_hpc.testing.link import Link, linked, requests
 from mooncake_hpc.testing.peer import PeerProcess, digest
 from mooncake_hpc.transports.shm.client import dial
+from mooncake_hpc.transports.tcp import client as tcp
 
 HOST = "127.0.0.1"
 P2P = "P2PHANDSHAKE"
@@ -46,9 +47,15 @@ def engine(
 # --- peers that stop or die -------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def brief_fences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that cannot say what it has taken is waited for 1 s longer than this."""
+    monkeypatch.setattr(tcp, "FENCE_TIMEOUT", 0.5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("opcode", [READ, WRITE])
-def test_a_wait_on_a_stopped_peer_ends_at_its_deadline(opcode: int) -> None:
+def test_a_wait_on_a_stopped_peer_ends_at_its_deadline(opcode: int, brief_fences: None) -> None:
     """The batch goes on; cancelled, it ends although the peer cannot say what it has taken."""
     with linked("tcp", SIZE) as link:
         link.run(link.request(opcode, 0, 0, SIZE))
@@ -66,7 +73,7 @@ def test_a_wait_on_a_stopped_peer_ends_at_its_deadline(opcode: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lanes", [1, 3])
-def test_writes_that_a_stopped_peer_has_not_read_never_land_on_newer_ones(lanes: int) -> None:
+def test_writes_that_a_stopped_peer_has_not_read_never_land_on_newer_ones(lanes: int, brief_fences: None) -> None:
     """Some are in its socket when their batch fails. A second try comes after them, or fails."""
     settings = Settings(tcp_progress_timeout=1.0, tcp_lanes_per_peer=lanes)
     with linked("tcp", SIZE, settings=settings) as link:
@@ -187,6 +194,17 @@ def test_impossible_requests_are_refused_and_the_connection_closed(node: Link, s
     still_works(node, 11)
 
 
+def test_a_burst_of_connections_is_not_dropped(node: Link) -> None:
+    """The original opens one a request, 300 at once; those for which there is no room wait a second to try again."""
+    node.peer.suspend()  # nobody accepts meanwhile
+    try:
+        with dialled(node, 600):
+            pass
+    finally:
+        node.peer.resume()
+    still_works(node, 12)
+
+
 def test_garbage_on_the_data_port(node: Link) -> None:
     """Whatever comes, no byte of our memory changes, and others are served."""
     still_works(node, 12)
@@ -211,8 +229,8 @@ def test_slow_clients_do_not_hold_up_others(node: Link) -> None:
                 client.sendall(header(1000, node.remote, 0x81) + bytes([34]) * 500)  # may land late
             else:
                 client.sendall(header(1 << 20, node.remote, 0x80) * 200)
-        for number in range(14, 34):
-            node.local[:1000] = number
+        for number in range(500):
+            node.local[:1000] = number % 256
             node.run(node.request(WRITE, 0, 0, 1000), node.request(READ, 0, 0, 1000), timeout=20)
     still_works(node, 34)
 

@@ -24,7 +24,7 @@ from mooncake_hpc.settings import Settings
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(180)]
 
 SETTINGS = Settings()
-P2P = "--metadata_server=P2PHANDSHAKE"
+P2P = "P2PHANDSHAKE"
 ROOM = 512 << 20
 SIZES = (  # block × batch, with one thread
     (4096, 1), (4096, 128), (4096, 1024), (65536, 128), (65536, 1024), (1 << 20, 1), (1 << 20, 32),
@@ -107,18 +107,18 @@ def large_original_target(etcd: str) -> Iterator[str]:
         yield name
 
 
-def initiate(command: tuple[str, ...], etcd: str, segment: str, *flags: str, **env: str) -> None:
+def initiate(command: tuple[str, ...], metadata: str, segment: str, *flags: str, **env: str) -> None:
     """An initiator that must end well, having moved something."""
-    names = (f"--metadata_server={etcd}", f"--local_server_name={unused_name()}", f"--segment_id={segment}")
+    names = (f"--metadata_server={metadata}", f"--local_server_name={unused_name()}", f"--segment_id={segment}")
     batches, _ = run_bench(command, *names, *flags, **env)
     assert batches > 0
 
 
-def initiate_both(command: tuple[str, ...], etcd: str, segment: str, *flags: str, **env: str) -> None:
+def initiate_both(command: tuple[str, ...], metadata: str, segment: str, *flags: str, **env: str) -> None:
     """As `initiate`, an initiator that reads and one that writes at the same time."""
     with ThreadPoolExecutor(len(OPERATIONS)) as pool:
         for each in [
-            pool.submit(initiate, command, etcd, segment, *flags, f"--operation={o}", **env) for o in OPERATIONS
+            pool.submit(initiate, command, metadata, segment, *flags, f"--operation={o}", **env) for o in OPERATIONS
         ]:
             each.result()
 
@@ -159,14 +159,13 @@ def test_sizes_of_our_requests(etcd: str, large_original_target: str, block: int
 @version_axis
 def test_peer_to_peer_handshake(version: str) -> None:
     """No metadata server: names are the addresses of RPC ports."""
-    flags = (P2P, "--local_server_name=127.0.0.1:1")
-    with bench_target(OUR_BENCH, *flags, *SMALL, ready=our_name) as name:
+    flags = (f"--metadata_server={P2P}", "--local_server_name=127.0.0.1:1", *SMALL)
+    with bench_target(OUR_BENCH, *flags, ready=our_name) as name:
+        initiate_both(peer_bench(version), P2P, name, *SMALL)
+    with bench_target(peer_bench(version), *flags, ready=answering) as name:
         for operation in OPERATIONS:
-            run_bench(peer_bench(version), *flags, *SMALL, f"--segment_id={name}", f"--operation={operation}")
-    ours = (*OUR_BENCH, *flags, *SMALL, BRIEF, "--verify", "--workers=0")
-    with bench_target(peer_bench(version), *flags, *SMALL, ready=answering) as name:
-        for operation in OPERATIONS:
-            run_bench(ours, f"--segment_id={name}", f"--operation={operation}")
+            ours = (*SMALL, BRIEF, f"--operation={operation}", "--verify", "--workers=0")
+            initiate(OUR_BENCH, P2P, name, *ours)
 
 
 # --- Python API -----------------------------------------------------------------------------------------------

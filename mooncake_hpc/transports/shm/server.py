@@ -54,7 +54,7 @@ class ShmServer:
         self.address = f"mooncake-{os.getpid()}-{secrets.token_hex(8)}"
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._listener.bind("\0" + self.address)
-        self._listener.listen(128)
+        self._listener.listen(socket.SOMAXCONN)
         self._lock = threading.Lock()
         self._version = 1
         self._registrations: tuple[Registration, ...] = ()
