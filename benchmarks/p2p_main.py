@@ -58,6 +58,7 @@ def unlimited(options: argparse.Namespace, results: Results, tell: Tell) -> None
             seen["bare loop, hashed"] = calm.sample(lambda: bare_loop(stage, alone))
             seen["shm"], seen["copyto"] = readers_of_one_host(READERS, size)
             results.host.append(seen)
+            results.again = calm.again
             told = ", ".join(f"{name} {sample.rate / 1e9:.2f} GB/s" for name, sample in seen.items())
             tell(f"round {number + 1} of {options.rounds}: {told}")
 
@@ -88,7 +89,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--large", type=int, default=1024, help="MiB of what readers of a host pull [%(default)s]")
     parser.add_argument("--part", choices=("all", *PARTS), default="all", help="[%(default)s]")
     parser.add_argument("--metadata-seconds", type=float, default=10.0, help="of announcements [%(default)s]")
-    calm_help = "before each round wait at most this long for others to leave the machine alone"
+    calm_help = (
+        "before each round wait at most this long for others to leave the machine alone; of one reader over tcp take "
+        "samples again, no longer than this each, in which the host moved the cores [%(default)s]"
+    )
     parser.add_argument("--calm", type=float, default=0.0, metavar="SECONDS", help=calm_help)
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="[benchmarks/results]")
     options = parser.parse_args(arguments)

@@ -12,7 +12,7 @@ from typing import Any
 
 from p2p_cases import LINK_GOALS, LINKS, Goal, Round, bound
 from p2p_metadata import Metadata
-from report import mark, spread, table
+from report import mark, spread, table, taken_again
 
 from mooncake_hpc.bench.report import machine
 
@@ -34,6 +34,7 @@ class Results:
     host: list[Round] = field(default_factory=list)
     metadata: list[Metadata] = field(default_factory=list)
     others: list[float] = field(default_factory=list)
+    again: int = 0  # samples that were taken again, as the cores were nearer each other, or farther, than usual
     failure: str = ""
     began: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S%z"))
     seconds: float = 0.0
@@ -43,7 +44,7 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         value = {
             "schema": SCHEMA, "began": self.began, "seconds": self.seconds, "machine": machine(),
-            "options": self.options, "others_cores": self.others, "failure": self.failure,
+            "options": self.options, "others_cores": self.others, "again": self.again, "failure": self.failure,
             "links": [_as_dict(seen) for seen in self.links], "host": [_as_dict(seen) for seen in self.host],
             "metadata": [one.as_dict() for one in self.metadata],
             "goals": [
@@ -82,6 +83,8 @@ class Results:
                 f"Other processes used {median(self.others):.2f} cores in the median round, {max(self.others):.2f} at "
                 "most."
             )
+        if self.again:
+            lines.append(taken_again(self.again))
         rows = [
             [goal.what, spread(values), goal.text, mark(goal.met(median(values)))] for goal, values in self._figures()
         ]

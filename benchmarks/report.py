@@ -113,8 +113,7 @@ class Results:
                 f"Other work on the machine used {median(busy):.2f} cores in the median round, {max(busy):.2f} at most."
             )
         if self.again:
-            what = "the cores were nearer each other, or farther, than usual"
-            lines.append(f"{self.again} samples were taken again: {what}.")
+            lines.append(taken_again(self.again))
         for began in dict.fromkeys(result.began for result in self.cases if result.began):
             names = [result.case.name for result in self.cases if result.began == began]
             lines.append(f"Of a run that began {began}: {'; '.join(names)}.")
@@ -131,6 +130,11 @@ class Results:
         if self.facts_failure:
             lines += ["", f"resources failed: {self.facts_failure}"]
         return "\n".join(lines) + "\n"
+
+
+def taken_again(count: int) -> str:
+    """How many samples were, and why."""
+    return f"{count} samples were taken again: the cores were nearer each other, or farther, than usual."
 
 
 def progress_line(result: CaseResult) -> str:
