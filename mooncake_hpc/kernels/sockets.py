@@ -6,10 +6,22 @@ from mooncake_hpc.kernels.compiled import kernel
 from mooncake_hpc.kernels.native import get, put
 
 DONTWAIT, NOSIGNAL = 0x40, 0x4000  # flags of sendmsg and recvmsg
-EAGAIN, EINTR = 11, 4
+EAGAIN, EINTR, ECONNABORTED = 11, 4, 103
+NONBLOCK, CLOEXEC = 0o4000, 0o2000000  # flags of accept4
+SHUT_RD = 0
+SOL_SOCKET, SO_SNDBUF = 1, 7
+AF_INET = 2
 POLLIN, POLLOUT = 1, 4
 LIST = 1024  # struct iovecs in a list: Linux takes no more a call (UIO_MAXIOV)
 NAP = 50_000_000  # ns: no sleep is longer without a look at the clock
+
+
+@kernel
+def same_host(one, other):
+    """Whether two struct sockaddr_in or sockaddr_in6 have the same address."""
+    if get(one) & 0xFFFF == AF_INET:
+        return get(one) >> 32 == get(other) >> 32
+    return get(one + 8) == get(other + 8) and get(one + 16) == get(other + 16)
 
 
 @kernel

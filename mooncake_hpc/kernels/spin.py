@@ -20,6 +20,13 @@ MOST_SKIPPED = 63
 
 
 @kernel
+def forget(spinner):
+    """What has been learnt is of another peer."""
+    put(spinner + SKIP, 0)
+    put(spinner + PENALTY, 0)
+
+
+@kernel
 def budget(spinner):
     """How many nanoseconds this wait may poll; to be asked once a wait."""
     skip = get(spinner + SKIP)

@@ -29,37 +29,62 @@ from mooncake_hpc.kernels.native import (
     store,
 )
 from mooncake_hpc.kernels.ranges import reach
-from mooncake_hpc.kernels.sockets import DONTWAIT, EAGAIN, EINTR, LIST, NAP, NOSIGNAL, POLLIN, POLLOUT, advance
+from mooncake_hpc.kernels.sockets import (
+    DONTWAIT,
+    EAGAIN,
+    EINTR,
+    LIST,
+    NAP,
+    NOSIGNAL,
+    POLLIN,
+    POLLOUT,
+    advance,
+)
 from mooncake_hpc.kernels.tcp_lists import VERSION_2 as FRAMING_2
 
-# --- words of a connection's block
-FD = 0
-STOP = 8  # set by others: end at the next look
+# --- words of a thread's block
+FD = 0  # of the connection being served, -1: none
+STOP = 8  # set by others: end the connection at the next look
 BUSY = 16  # version of the tables in use; 0: refers to no registered memory
-EXPORTS = 24  # address of the exports block
-STAGE, STAGE_AT, STAGE_END = 32, 40, 48  # staging buffer, parsed and received up to
-REPLIES, REPLY_COUNT, REPLY_READS = 56, 64, 72  # struct iovec array, entries, whether READ payloads are among them
-BODY_AT, BODY_LEFT, BODY_ACK = 80, 88, 96  # destination of the WRITE being received; 1: acknowledge it, 2: do not
-LARGE = 104  # 1: the last body was large; receive the next header alone
-CONNECTION = 112  # id that the client gave this connection; 0: none yet
-PATIENCE = 136  # ns without progress in the middle of a request or reply after which the client counts as dead
-BYTES_IN, BYTES_OUT = 144, 152
-GOOD, REFUSAL = 160, 168  # status words
-MESSAGE = 176  # struct msghdr, 7 words
-PAIR = 232  # two struct iovecs
-SPIN = 264  # a spinner (`kernels.spin`), 3 words
-CONNECTION_WORDS = 40
+SERIAL = 24  # connections so far: tells the present one from others
+GUARD = 32  # 1 while somebody closes or stops the connection
+# of a connection, 0 at its beginning
+STAGE_AT, STAGE_END = 40, 48  # staging buffer, parsed and received up to
+REPLY_COUNT, REPLY_READS = 56, 64  # entries of REPLIES, whether READ payloads are among them
+BODY_AT, BODY_LEFT, BODY_ACK = 72, 80, 88  # destination of the WRITE being received; 1: acknowledge it, 2: do not
+LARGE = 96  # 1: the last body was large; receive the next header alone
+CONNECTION = 104  # id that the client gave this connection; 0: none yet
+ASKED = 112  # 1: a request has come over it
+BEGAN = 120  # when, ns
+# of the thread
+EXPORTS = 128  # address of the exports block
+LISTENER = 136
+STAGE, REPLIES = 144, 152  # staging buffer, struct iovec array
+PATIENCE = 160  # ns without progress in the middle of a request or reply after which the client counts as dead
+SEND_BUFFER = 168  # bytes (int32), where both ends are of one host
+GOOD, REFUSAL = 176, 184  # status words
+BYTES_IN, BYTES_OUT = 192, 200  # of all its connections
+MESSAGE = 208  # struct msghdr, 7 words
+PAIR = 264  # two struct iovecs
+SPIN = 296  # a spinner (`kernels.spin`), 3 words
+PEER, OURS = 320, 352  # struct sockaddr_in6
+ADDRESS_SIZE = 384  # socklen_t
+ERROR = 392  # errno of accept
+COUNTED = 400  # 1: among ACCEPTING already
+BLOCK_WORDS = 51
 
 # --- words of the exports block, one an engine
 EXPORT_VERSION, EXPORT_TABLES = 0, 8  # EXPORT_TABLES: tables readable, writable (as for `cut`)
 SPINNING, SPINNING_LIMIT = 24, 32
+ACCEPTING = 40  # threads that wait for a connection
+CLOSING = 48  # 1: no more connections are wanted
 EXPORT_WORDS = 8
 
 STAGE_BYTES = 256 << 10
 LARGE_BODY = 16 << 10
 LULL = 128  # pauses between two looks for the rest of a large body: a look takes the lock that its bytes need too
 
-ENDED, HELLO, REFUSED, FAILED, STALLED, STOPPED = 0, 1, 2, 3, 4, 5  # what `serve` returns
+ENDED, HELLO, REFUSED, FAILED, STALLED, STOPPED = 0, 1, 2, 3, 4, 5  # what `serve_connection` returns
 
 
 @kernel
@@ -136,6 +161,7 @@ def _begin(block, header):
     size, address, opcode = get(header), get(header + 8), get_byte(header + 16)
     tables = get(block + EXPORTS) + EXPORT_TABLES
     writing = 1 if opcode & 127 == 1 else 0
+    put(block + ASKED, 1)
     if size <= 0 or size > reach(get(tables + 8 * writing), address) - address:
         if opcode & FRAMING_2:
             _reply(block, block + REFUSAL, 8)
@@ -256,8 +282,8 @@ def _await_bytes(block):
 
 
 @kernel
-def serve(block):
-    """Serve until the connection ends (ENDED, FAILED, STALLED, REFUSED, STOPPED) or a client says its id (HELLO)."""
+def serve_connection(block):
+    """Serve until the connection ends (ENDED, FAILED, STALLED, REFUSED, STOPPED) or the client says its id (HELLO)."""
     while True:
         code = _parse(block)
         flushed = _flush(block)

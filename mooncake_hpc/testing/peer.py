@@ -26,6 +26,7 @@ from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
 from mooncake_hpc.errors import MooncakeError
 from mooncake_hpc.kernels.prepare import checksum
 from mooncake_hpc.testing.nursery import Forked, Nursery
+from mooncake_hpc.transports.tcp.server import TcpServer
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -222,15 +223,8 @@ class Node:
 
     def cut_connections(self) -> int:
         """Break every data connection to us from this side; how many there were."""
-        connections = [
-            connection
-            for transport in self._engine._transports
-            if (server := getattr(transport, "server", None))
-            for connection in list(getattr(server, "_connections", ()))
-        ]
-        for connection in connections:
-            connection.stop()
-        return len(connections)
+        servers = (getattr(transport, "server", None) for transport in self._engine._transports)
+        return sum(server.cut() for server in servers if isinstance(server, TcpServer))
 
     def hammer(self, segment: str, address: int, length: int, write: bool, value: int = 0) -> None:
         """Transfer the same range over and over from a thread, until `stop_hammer` or an error; bytes are `value`."""

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mooncake_hpc.kernels import tcp_client, tcp_lists, tcp_server
+from mooncake_hpc.kernels import tcp_accept, tcp_client, tcp_lists
 from mooncake_hpc.kernels.compiled import compile_ahead
 from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.settings import Settings
@@ -26,7 +26,7 @@ class TcpTransport(Transport):
     def __init__(self, listener: socket.socket, host: str, settings: Settings) -> None:
         self._settings = settings
         self._host = host
-        compile_ahead(tcp_server.serve, *CLIENT_KERNELS, *SHARED_KERNELS)
+        compile_ahead(*tcp_accept.KERNELS, *CLIENT_KERNELS, *SHARED_KERNELS)
         self.server = TcpServer(listener, settings.tcp_progress_timeout)
 
     def export(self, registrations: Sequence[Registration], *, shrinks: bool) -> None:

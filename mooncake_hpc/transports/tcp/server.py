@@ -1,4 +1,4 @@
-"""The target's side: accepts data connections and serves each in a thread that runs one native call."""
+"""The target's side: threads that each accept data connections and serve them, one after the other, natively."""
 
 from __future__ import annotations
 
@@ -12,63 +12,86 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mooncake_hpc.kernels import tcp_server as native
+from mooncake_hpc.kernels import tcp_accept, tcp_server
 from mooncake_hpc.kernels.sockets import LIST
 from mooncake_hpc.kernels.tcp_lists import OK
 from mooncake_hpc.transports.base import Registration, Tables
 from mooncake_hpc.transports.lane import spin_time
-from mooncake_hpc.transports.tcp.options import set_options
+from mooncake_hpc.transports.tcp.options import LOCAL_SEND_BUFFER
 
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 1024
 GRACE = 1.0  # seconds a peer may still use memory that is being unregistered before its connection is cut
 MAX_FENCED = 65536  # ids of fenced connections that are remembered
+LINGER = 1.0  # seconds to take what a refused client still sends
+SILENT = 0.5  # seconds without a request after which a connection may be cut to make room for another
+PAUSE = 0.05  # seconds until what could not be had is tried again
+HUSH = 5.0  # seconds between two warnings
 
 
-class Connection:
-    """One data connection, and the block and buffers of its kernel."""
+class ServerThread:
+    """Accepts a connection, serves it, and accepts the next: the block and buffers of its kernel."""
 
-    def __init__(self, client: socket.socket, exports: int, patience: float) -> None:
-        self.client = client
+    def __init__(self, listener: socket.socket, exports: int, patience: float) -> None:
         self.thread: threading.Thread | None = None
-        self.block = np.zeros(native.CONNECTION_WORDS, np.int64)
-        self.address = int(self.block.ctypes.data)
-        self._stage = np.empty(native.STAGE_BYTES, np.uint8)
+        self._block = np.zeros(tcp_server.BLOCK_WORDS, np.int64)
+        self.address = int(self._block.ctypes.data)
+        self._stage = np.empty(tcp_server.STAGE_BYTES, np.uint8)
         self._replies = np.empty(2 * LIST, np.int64)
         values = {
-            native.FD: client.fileno(),
-            native.EXPORTS: exports,
-            native.STAGE: int(self._stage.ctypes.data),
-            native.REPLIES: int(self._replies.ctypes.data),
-            native.SPIN: spin_time(),
-            native.PATIENCE: int(patience * 1e9),
-            native.GOOD: OK,
-            native.REFUSAL: OK | 1,
+            tcp_server.FD: -1,
+            tcp_server.COUNTED: 1,
+            tcp_server.LISTENER: listener.fileno(),
+            tcp_server.EXPORTS: exports,
+            tcp_server.STAGE: int(self._stage.ctypes.data),
+            tcp_server.REPLIES: int(self._replies.ctypes.data),
+            tcp_server.SPIN: spin_time(),
+            tcp_server.PATIENCE: int(patience * 1e9),
+            tcp_server.SEND_BUFFER: LOCAL_SEND_BUFFER,
+            tcp_server.GOOD: OK,
+            tcp_server.REFUSAL: OK | 1,
         }
         for word, value in values.items():
-            self.block[word // 8] = value
+            self._block[word // 8] = value
+
+    def word(self, offset: int) -> int:
+        return int(self._block[offset // 8])
 
     @property
-    def busy(self) -> int:
-        """Version of the exports that the connection refers to, 0 when to none."""
-        return int(self.block[native.BUSY // 8])
+    def fd(self) -> int:
+        """The connection's, -1 where there is none."""
+        return self.word(tcp_server.FD)
 
     @property
     def silent(self) -> bool:
-        """Whether no request has come over it, and it has not been stopped."""
-        words = native.BUSY, native.BYTES_IN, native.BYTES_OUT, native.STOP
-        return not any(self.block[word // 8] for word in words)
+        """Whether it has a connection over which no request has come for a while, and that has not been stopped."""
+        asked = self.fd < 0 or self.word(tcp_server.ASKED) or self.word(tcp_server.STOP)
+        return not asked and time.monotonic_ns() - self.word(tcp_server.BEGAN) > SILENT * 1e9
 
     @property
     def identity(self) -> str:
-        return f"{int(self.block[native.CONNECTION // 8]):014x}"
+        """What the client calls the connection; zeros where it has not said."""
+        return f"{self.word(tcp_server.CONNECTION):014x}"
+
+    @property
+    def moved(self) -> tuple[int, int]:
+        """Payload bytes received and sent over all of its connections."""
+        return self.word(tcp_server.BYTES_IN), self.word(tcp_server.BYTES_OUT)
 
     def stop(self) -> None:
-        """Have the kernel end at its next look. Never a FIN before the last WRITE has landed: the thread closes."""
-        self.block[native.STOP // 8] = 1
-        with contextlib.suppress(OSError):
-            self.client.shutdown(socket.SHUT_RD)
+        """End the present connection soon, whatever it is doing."""
+        tcp_accept.stop(self.address, self.word(tcp_server.SERIAL))
+
+    def uses_before(self, version: int) -> bool:
+        """Whether the connection refers to exports older than `version`."""
+        return 0 < self.word(tcp_server.BUSY) < version
+
+    def stop_user(self, version: int) -> None:
+        """As `stop`, where `uses_before`."""
+        serial = self.word(tcp_server.SERIAL)
+        if self.uses_before(version):
+            tcp_accept.stop(self.address, serial)
 
 
 class TcpServer:
@@ -76,21 +99,23 @@ class TcpServer:
 
     def __init__(self, listener: socket.socket, patience: float) -> None:
         self._listener = listener
+        self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # its connections have it from there
         self._patience = patience
         self.port: int = listener.getsockname()[1]
-        self._exports = np.zeros(native.EXPORT_WORDS, np.int64)
-        self._exports[native.SPINNING_LIMIT // 8] = max(1, len(os.sched_getaffinity(0)) // 2)
+        self._exports = np.zeros(tcp_server.EXPORT_WORDS, np.int64)
+        self._address = int(self._exports.ctypes.data)
+        self._exports[tcp_server.SPINNING_LIMIT // 8] = max(1, len(os.sched_getaffinity(0)) // 2)
         self._tables = Tables([], [])
         self._retired: list[Tables] = []
         self._install(self._tables)
-        self._lock = threading.Lock()
-        self._connections: dict[Connection, None] = {}  # oldest first
-        self._named: dict[str, Connection] = {}
+        self._lock = threading.Condition()  # told of ends of connections with an id
+        self._threads: dict[ServerThread, None] = {}
+        self._named: dict[str, ServerThread] = {}
         self._fenced: dict[str, None] = {}
-        self._totals = [0, 0]
-        self._closing = False
-        self._thread = threading.Thread(target=self._accept, name="mooncake-tcp-accept", daemon=True)
-        self._thread.start()
+        self._totals = [0, 0]  # of threads that have ended
+        self._warned = -HUSH
+        self._keeper = threading.Thread(target=self._keep, name="mooncake-tcp-accept", daemon=True)
+        self._keeper.start()
 
     def export(self, registrations: Sequence[Registration], *, shrinks: bool) -> None:
         """As `Transport.export`."""
@@ -108,52 +133,59 @@ class TcpServer:
             self._fenced[identity] = None
             if len(self._fenced) > MAX_FENCED:
                 del self._fenced[next(iter(self._fenced))]
-            connection = self._named.get(identity)
-        if connection is None:
-            return True
-        connection.stop()
-        return self._join(connection, time.monotonic() + timeout)
+            if (server := self._named.get(identity)) is None:
+                return True
+            server.stop()
+            return self._lock.wait_for(lambda: self._named.get(identity) is not server, timeout)
 
     @property
     def moved(self) -> tuple[int, int]:
         """Payload bytes (received by WRITEs, sent by READs) since the start."""
         with self._lock:
-            words = native.BYTES_IN // 8, native.BYTES_OUT // 8
             received, sent = (
-                total + sum(int(c.block[word]) for c in self._connections)
-                for total, word in zip(self._totals, words, strict=True)
+                sum(column) for column in zip(self._totals, *(t.moved for t in self._threads), strict=True)
             )
         return received, sent
+
+    def cut(self) -> int:
+        """Break every connection; how many there were."""
+        with self._lock:
+            connected = [server for server in self._threads if server.fd >= 0]
+            for server in connected:
+                server.stop()
+        return len(connected)
 
     def close(self, timeout: float = 5.0) -> None:
         """Stop accepting, end all connections. Idempotent."""
         deadline = time.monotonic() + timeout
-        self._closing = True
+        tcp_accept.end(self._address)
+        self._keeper.join(timeout)
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
-        self._thread.join(timeout)
-        self._listener.close()
+        self.cut()
         with self._lock:
-            connections = list(self._connections)
-        for connection in connections:
-            connection.stop()
-        for connection in connections:
-            if not self._join(connection, deadline):
-                log.warning("data port %d: a connection did not end within %g s", self.port, timeout)
+            threads = list(self._threads)
+        for server in threads:
+            if server.thread is not None and server.thread.ident is not None:
+                server.thread.join(max(0.0, deadline - time.monotonic()))
+        if self._threads:
+            log.warning("data port %d: %d connections did not end within %g s", self.port, len(self._threads), timeout)
+        self._listener.close()
 
     # --- inside ---------------------------------------------------------------------------------------------
 
     def _install(self, tables: Tables) -> None:
-        word = native.EXPORT_TABLES // 8
+        word = tcp_server.EXPORT_TABLES // 8
         self._exports[word : word + 2] = tables.pair
-        self._exports[native.EXPORT_VERSION // 8] += 1  # last: whoever sees it sees the tables (x86, and a futex later)
+        # last: whoever sees it sees the tables (x86, and a futex later)
+        self._exports[tcp_server.EXPORT_VERSION // 8] += 1
 
     def _quiesce(self, version: int) -> None:
         deadline = time.monotonic() + GRACE
         cut = False
         while True:
             with self._lock:
-                users = [c for c in self._connections if 0 < c.busy < version]
+                users = [server for server in self._threads if server.uses_before(version)]
             if not users:
                 return
             if time.monotonic() > deadline and not cut:
@@ -161,96 +193,115 @@ class TcpServer:
                 log.warning(
                     "data port %d: cutting %d connections that still use unregistered memory", self.port, len(users)
                 )
-                for connection in users:
-                    connection.stop()
+                for server in users:
+                    server.stop_user(version)
             time.sleep(0.0005)
 
-    def _accept(self) -> None:
-        while not self._closing:
+    def _keep(self) -> None:
+        """See to it that somebody accepts the next connection."""
+        while tcp_accept.await_shortage(self._address):
             try:
-                client, _ = self._listener.accept()
-            except OSError as error:
-                if self._closing:
-                    return
-                log.warning("data port %d: accept: %s", self.port, error)
-                time.sleep(0.05)
-                continue
-            try:
-                self._admit(client)
-            except Exception:  # the next client is to be served all the same
-                log.exception("data port %d: a connection could not be set up", self.port)
-                client.close()
+                added = self._add_thread()
+            except Exception as error:  # the system's limit of threads, for one
+                self._warn(f"no thread for a connection: {error}")
+                added = False
+            if not added:
+                tcp_accept.take_back(self._address)
+                time.sleep(PAUSE)
 
-    def _admit(self, client: socket.socket) -> None:
-        set_options(client)
-        connection = Connection(client, int(self._exports.ctypes.data), self._patience)
-        thread = threading.Thread(target=self._run, args=(connection,), name="mooncake-tcp", daemon=True)
-        connection.thread = thread
+    def _add_thread(self) -> bool:
+        """Whether there was room for one more."""
+        server = ServerThread(self._listener, self._address, self._patience)
+        server.thread = threading.Thread(target=self._run, args=(server,), name="mooncake-tcp", daemon=True)
         with self._lock:
-            full = len(self._connections) >= MAX_CONNECTIONS and not self._make_room()
-            if not full:
-                self._connections[connection] = None
+            if len(self._threads) >= MAX_CONNECTIONS:
+                self._make_room()
+                return False
+            self._threads[server] = None
         try:
-            if full:
-                log.warning("data port %d: %d connections, one more refused", self.port, MAX_CONNECTIONS)
-                client.close()
-                return
-            thread.start()
-        except RuntimeError as error:  # the system's limit of threads
-            log.warning("data port %d: no thread for a connection: %s", self.port, error)
-            self._forget(connection)
-
-    def _make_room(self) -> bool:
-        """End the oldest connection that has never asked for anything. The caller holds the lock."""
-        silent = next((c for c in self._connections if c.silent), None)
-        if silent is None:
-            return False
-        log.debug("data port %d: %d connections, the oldest silent one is cut", self.port, MAX_CONNECTIONS)
-        silent.stop()  # and forgotten by its thread
+            server.thread.start()
+        except BaseException:
+            self._forget(server)
+            raise
         return True
 
-    def _run(self, connection: Connection) -> None:
-        try:
-            code = native.serve(connection.address)
-            while code == native.HELLO and self._hello(connection):
-                code = native.serve(connection.address)
-            if code == native.REFUSED:
-                _linger(connection.client)
-            elif code in (native.FAILED, native.STALLED):
-                log.debug("data port %d: connection %s: code %d", self.port, connection.identity, code)
-        except Exception:
-            log.exception("data port %d: connection %s", self.port, connection.identity)
-        finally:
-            self._forget(connection)
+    def _make_room(self) -> None:
+        """End the oldest connection that has never asked for anything. The caller holds the lock."""
+        silent = [server for server in self._threads if server.silent]
+        if silent:
+            log.debug("data port %d: %d connections, the oldest silent one is cut", self.port, MAX_CONNECTIONS)
+            min(silent, key=lambda server: server.word(tcp_server.BEGAN)).stop()
+        else:
+            self._warn(f"{MAX_CONNECTIONS} connections, further ones have to wait")
 
-    def _hello(self, connection: Connection) -> bool:
+    def _warn(self, text: str) -> None:
+        """Of what lasts, and is seen again and again, now and then."""
+        if time.monotonic() - self._warned > HUSH:
+            self._warned = time.monotonic()
+            log.warning("data port %d: %s", self.port, text)
+
+    def _run(self, server: ServerThread) -> None:
+        code = tcp_server.ENDED
+        try:
+            while code not in (tcp_accept.UNNEEDED, tcp_accept.CLOSED):
+                code = tcp_accept.serve(server.address)
+                try:
+                    self._attend(server, code)
+                except Exception:  # the next client is to be served all the same
+                    log.exception("data port %d: connection %s", self.port, server.identity)
+                    self._end(server)
+        finally:
+            self._end(server)
+            self._forget(server)
+
+    def _attend(self, server: ServerThread, code: int) -> None:
+        """Do what the kernel left to us, by what `serve` returned."""
+        if code == tcp_server.HELLO:
+            if not self._name(server):
+                self._end(server)
+        elif code == tcp_accept.UNACCEPTED:
+            self._warn(f"accept: {os.strerror(server.word(tcp_server.ERROR))}")
+            time.sleep(PAUSE)
+        elif code not in (tcp_accept.UNNEEDED, tcp_accept.CLOSED):
+            if code == tcp_server.REFUSED:
+                _linger(server.fd)
+            elif code in (tcp_server.FAILED, tcp_server.STALLED):
+                log.debug("data port %d: connection %s: code %d", self.port, server.identity, code)
+            self._end(server)
+
+    def _name(self, server: ServerThread) -> bool:
+        """Its client has said its id. Whether it may go on."""
         with self._lock:
-            if connection.identity in self._fenced:
+            if server.identity in self._fenced:
                 return False
-            self._named[connection.identity] = connection
+            self._named[server.identity] = server
             return True
 
-    def _forget(self, connection: Connection) -> None:
+    def _end(self, server: ServerThread) -> None:
+        """Nothing more comes over the thread's connection, if it has one."""
         with self._lock:
-            self._connections.pop(connection, None)
-            if self._named.get(connection.identity) is connection:
-                del self._named[connection.identity]
-            self._totals[0] += int(connection.block[native.BYTES_IN // 8])
-            self._totals[1] += int(connection.block[native.BYTES_OUT // 8])
-            connection.client.close()
+            if self._named.get(server.identity) is server:
+                del self._named[server.identity]
+                self._lock.notify_all()
+        tcp_accept.hang_up(server.address)
 
-    def _join(self, connection: Connection, deadline: float) -> bool:
-        if connection.thread is not None and connection.thread.ident is not None:
-            connection.thread.join(max(0.0, deadline - time.monotonic()))
-        return connection not in self._connections
+    def _forget(self, server: ServerThread) -> None:
+        with self._lock:
+            del self._threads[server]
+            self._totals = [total + more for total, more in zip(self._totals, server.moved, strict=True)]
 
 
-def _linger(client: socket.socket) -> None:
+def _linger(fd: int) -> None:
     """After a refusal, take what the client still sends, so that no reset overtakes the refusal."""
-    with contextlib.suppress(OSError):
+    client = socket.socket(fileno=fd)
+    try:
         client.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + 1.0
+        deadline = time.monotonic() + LINGER
         while (left := deadline - time.monotonic()) > 0:
             client.settimeout(left)
             if not client.recv(1 << 18):
                 return
+    except OSError:
+        pass
+    finally:
+        client.detach()

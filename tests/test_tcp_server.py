@@ -1,0 +1,169 @@
+"""The data port's threads: they are used again, are few, and as many as are needed; nobody is turned away for good."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from test_tcp_options import send_buffer
+
+from mooncake_hpc.kernels import tcp_accept
+from mooncake_hpc.testing.peer import pattern
+from mooncake_hpc.transports.base import Registration
+from mooncake_hpc.transports.tcp import server as module
+from mooncake_hpc.transports.tcp.options import set_options
+from mooncake_hpc.transports.tcp.server import TcpServer
+
+READ_V1, READ_V2 = 0, 0x80
+DATA = pattern(9, 100_000)
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+
+@contextlib.contextmanager
+def serving(host: str = "127.0.0.1") -> Iterator[TcpServer]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    server = TcpServer(socket.create_server((host, 0), family=family, backlog=2000), patience=30.0)
+    address = int(DATA.ctypes.data)
+    server.export([Registration(address, DATA.size, "cpu:0", True, True, DATA)], shrinks=False)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def server() -> Iterator[TcpServer]:
+    with serving() as server:
+        yield server
+
+
+def dial(server: TcpServer, host: str = "127.0.0.1") -> socket.socket:
+    return socket.create_connection((host, server.port), 20)
+
+
+def ask(client: socket.socket, nbytes: int) -> bool:
+    """Whether the first `nbytes` of DATA come; False where the connection ends before."""
+    client.sendall(struct.pack("<QQB7x", nbytes, int(DATA.ctypes.data), READ_V1))
+    got = b""
+    while len(got) < nbytes:
+        part = client.recv(1 << 18)
+        if not part:
+            return False
+        got += part
+    return got == DATA[:nbytes].tobytes()
+
+
+def threads() -> int:
+    return sum(thread.name == "mooncake-tcp" for thread in threading.enumerate())
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_its_connections_have_the_options_of_the_other_side(host: str) -> None:
+    with serving(host) as server, dial(server, host) as client:
+        assert ask(client, 10)
+        set_options(client)
+        (fd,) = [thread.fd for thread in server._threads if thread.fd >= 0]
+        with socket.socket(fileno=os.dup(fd)) as theirs:
+            assert theirs.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) and not os.get_blocking(fd)
+            assert send_buffer(theirs) == send_buffer(client) and not os.get_inheritable(fd)
+
+
+def test_one_connection_after_the_other_takes_few_threads(server: TcpServer) -> None:
+    for _ in range(300):
+        with dial(server) as client:
+            assert ask(client, 1000)
+    assert threads() <= 4
+    assert server.moved == (0, 300_000)
+
+
+def test_threads_of_many_connections_end_with_them(server: TcpServer) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(dial(server)) for _ in range(200)]
+        assert all(ask(client, 100) for client in clients)
+        assert threads() > 200
+    until(lambda: threads() <= tcp_accept.SPARE + 1)
+    assert server.moved == (0, 20_000)
+    with dial(server) as client:
+        assert ask(client, 1000)
+
+
+def test_where_there_is_no_room_silent_clients_give_way_and_others_wait(
+    server: TcpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_CONNECTIONS", 3)
+    with dial(server) as silent, dial(server) as second, dial(server) as third, dial(server) as fourth:
+        assert ask(second, 10) and ask(third, 10)
+        assert ask(fourth, 10) and silent.recv(1) == b""
+        with dial(server) as fifth:
+            fifth.settimeout(1.0)
+            with pytest.raises(TimeoutError):
+                ask(fifth, 10)
+            assert ask(second, 10)
+            third.close()
+            fifth.settimeout(20)
+            assert fifth.recv(100) == DATA[:10].tobytes()
+
+
+def test_connections_without_a_descriptor_wait_for_one(server: TcpServer, caplog: pytest.LogCaptureFixture) -> None:
+    with dial(server) as first:
+        assert ask(first, 10)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(socket.socket()) for _ in range(10)]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (clients[-1].fileno() + 3, limits[1]))
+            try:
+                for client in clients:
+                    client.connect(("127.0.0.1", server.port))
+                until(lambda: "accept: Too many open files" in caplog.text)
+                assert ask(first, 10)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            for client in clients:
+                client.settimeout(20)
+                assert ask(client, 10)
+    assert caplog.text.count("Too many open files") <= 2
+
+
+def test_what_nobody_has_accepted_holds_up_no_end() -> None:
+    with serving() as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(dial(server)) for _ in range(500)]
+        began = time.monotonic()
+        server.close()
+        assert time.monotonic() - began < 4 and threads() == 0
+        for client in clients:
+            client.settimeout(5)
+            with contextlib.suppress(ConnectionError):
+                assert client.recv(1) == b""
+
+
+def test_a_fence_ends_the_connection_of_that_id_alone(server: TcpServer) -> None:
+    """And one that shows up later."""
+    with dial(server) as one, dial(server) as other:
+        for client, identity in ((one, 1), (other, 2)):
+            request = struct.pack("<QQQ", 5, int(DATA.ctypes.data), READ_V2 | identity << 8)
+            client.sendall(request)
+            client.settimeout(20)
+            assert client.recv(13, socket.MSG_WAITALL)[8:] == DATA[:5].tobytes()
+        assert server.fence(f"{1:014x}", 5) and one.recv(1) == b""
+        assert ask(other, 10)
+        assert server.fence(f"{3:014x}", 5)
+        with dial(server) as late:
+            late.sendall(struct.pack("<QQQ", 5, int(DATA.ctypes.data), READ_V2 | 3 << 8))
+            late.settimeout(20)
+            with contextlib.suppress(ConnectionError):
+                assert late.recv(1) == b""
