@@ -27,11 +27,12 @@ from mooncake_hpc.control.server import (
 from mooncake_hpc.errors import MooncakeError, PeerLost, RegistrationError
 from mooncake_hpc.kernels import slicer
 from mooncake_hpc.kernels.compiled import compile_ahead
-from mooncake_hpc.memory import MemoryFile, containing, describe
+from mooncake_hpc.memory import MemoryFile, describe
 from mooncake_hpc.metadata.base import MetadataStore
+from mooncake_hpc.registrations import Registrations, describe_all, published, release, take_out
 from mooncake_hpc.remote import Segment
 from mooncake_hpc.request import READ, REQUEST, WRITE, Requests
-from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
+from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.submitter import Submitter
 from mooncake_hpc.transports.base import Registration, Tables
@@ -72,7 +73,7 @@ class TransferEngine:
         self._pid = os.getpid()
         self._closers: list[Callable[[], None]] = []
         self._lock = threading.RLock()
-        self._registrations: tuple[Registration, ...] = ()
+        self._registrations: Registrations = ()
         self._segments: dict[int, Segment] = {}
         self._by_name: dict[str, Segment] = {}
         self._notifications = Notifications()
@@ -160,14 +161,7 @@ class TransferEngine:
 
     def register_many(self, objects: Iterable[object], location: str = "cpu:0", remote_accessible: bool = True) -> None:
         """As `register` for several, with a single metadata write; on an error none is registered."""
-        views = [describe(obj) for obj in objects]
-        self._add(
-            [
-                Registration(v.address, v.nbytes, location, v.readonly, remote_accessible, v.owner, file)
-                for v in views
-                for file in [containing(v.address, v.nbytes)]
-            ]
-        )
+        self._add(describe_all(objects, location, remote_accessible))
 
     def unregister(self, obj: object) -> None:
         """Undo `register` or `allocate`; on return no peer touches the memory any more. Raises RegistrationError."""
@@ -176,20 +170,14 @@ class TransferEngine:
     def unregister_many(self, objects: Iterable[object]) -> None:
         """As `unregister` for several, with a single metadata write."""
         with self._lock:
-            left = list(self._registrations)
-            for view in [describe(obj) for obj in objects]:
-                found = [r for r in left if (r.address, r.length) == (view.address, view.nbytes)]
-                if not found:
-                    raise RegistrationError(f"memory {view.address:#x}+{view.nbytes} is not registered")
-                left.remove(found[-1])
-            gone = [r for r in self._registrations if r not in left]
-            self._publish(tuple(left))
+            gone, left = take_out(self._registrations, objects)
+            self._publish(left)
             for transport in self._transports:
                 transport.export(left, shrinks=True)
-            self._adopt(tuple(left))
+            self._adopt(left)
             for lane in self._lanes():  # the last batches hold what was registered when they began
                 lane.drop_done()
-        _release(gone, left)
+        release(gone, left)
 
     def _add(self, registrations: list[Registration]) -> None:
         with self._lock:
@@ -208,15 +196,13 @@ class TransferEngine:
                     transport.export(before, shrinks=True)
                 raise
 
-    def _adopt(self, registrations: tuple[Registration, ...]) -> None:
+    def _adopt(self, registrations: Registrations) -> None:
         local = Tables.of((r.address, r.address + r.length, r.readonly) for r in registrations)
         self._submitter.set_memory(local, registrations)
         self._registrations = registrations
 
-    def _publish(self, registrations: tuple[Registration, ...]) -> None:
-        buffers = tuple(
-            BufferDescriptor(r.address, r.length, r.location, r.readonly) for r in registrations if r.remote_accessible
-        )
+    def _publish(self, registrations: Registrations) -> None:
+        buffers = published(registrations)
         for transport in self._transports:
             buffers = transport.buffers(buffers)
             self._own = transport.describe(self._own)
@@ -358,7 +344,7 @@ class TransferEngine:
             _quietly(closer)
         self._submitter.close()
         gone, self._registrations = self._registrations, ()  # a closed engine keeps no memory
-        _release(gone, ())
+        release(gone, ())
 
     def __enter__(self) -> Self:
         return self
@@ -367,14 +353,6 @@ class TransferEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _release(gone: Iterable[Registration], left: Iterable[Registration]) -> None:
-    """Close the memory files of allocations that are gone, but for those that other registrations lie in."""
-    kept = {r.file.serial for r in left if r.file is not None}
-    for registration in gone:
-        if registration.allocated and registration.file is not None and registration.file.serial not in kept:
-            registration.file.close()
 
 
 def _quietly(closer: Callable[[], None]) -> None:

@@ -18,9 +18,11 @@ from mooncake_hpc.errors import IntegrityError, MooncakeError, ObjectNotFound
 from mooncake_hpc.p2p.board import Board, MemoryPool, News, board_size, by_source, source_id
 from mooncake_hpc.p2p.catalogue import Holder
 from mooncake_hpc.p2p.holders import Bits, View
+from mooncake_hpc.p2p.hope import Hope
 from mooncake_hpc.p2p.layout import Memory
 from mooncake_hpc.p2p.manifest import Manifest
 from mooncake_hpc.p2p.progress import Progress, Terms
+from mooncake_hpc.p2p.racing import Scratch, put_in_place
 from mooncake_hpc.p2p.source import Job, Worker
 from mooncake_hpc.p2p.swarm import Swarm
 
@@ -31,7 +33,6 @@ log = logging.getLogger(__name__)
 
 TICK = 0.05  # seconds between two looks when nothing happens
 BREATH = 0.002  # seconds in which changes gather before the next look
-LARGEST_RACE = 16 << 20  # bytes of a shard that is fetched a second time into memory of our own
 JOIN = 15.0  # seconds for a worker to end
 NEWS = (0.02, 0.004)  # seconds between two looks at a board: at least, and for each holder
 HURRY, CALM = 3.0, 3  # times as often while fewer sources than this are in use
@@ -73,7 +74,7 @@ class Pull:
         self._old: list[Worker] = []
         self._jobs: dict[int, list[Job]] = {}
         self._ending = False
-        self._scratch: np.ndarray | None = None
+        self._scratch = Scratch(engine, manifest.shard_size)
         self._errors: dict[str, MooncakeError] = {}
         done, size = self.swarm.progress
         self.progress = Progress(size, done, int(wanted.sum()), int((have & wanted).sum()), done)
@@ -145,7 +146,7 @@ class Pull:
         Raises TransferTimeout, TransferCancelled, IntegrityError, ObjectNotFound; on every way out nothing touches the
         memory any more.
         """
-        started, told, hopeless_since = time.monotonic(), 0.0, None
+        started, told, hope = time.monotonic(), 0.0, Hope(self.swarm)
         try:
             while True:
                 with self.lock:
@@ -153,7 +154,8 @@ class Pull:
                         self.lock.wait(TICK)
                     self._changed = False
                     self._hand_out(time.monotonic())
-                    done, hopeless = self.swarm.done, self._hopeless()
+                    done = self.swarm.done
+                    hope.look(time.monotonic())
                     self.progress.seconds = time.monotonic() - started
                 if terms.tell is not None and (done or time.monotonic() - told > TICK):
                     told = time.monotonic()
@@ -161,9 +163,8 @@ class Pull:
                 if done:
                     return
                 terms.check(self._what, self._causes)
-                hopeless_since = (hopeless_since or time.monotonic()) if hopeless is not None else None
-                if hopeless is not None and hopeless_since is not None:
-                    self._check_hope(hopeless, time.monotonic() - hopeless_since, lost_after)
+                if hope.lost is not None:
+                    self._check_hope(hope.lost, time.monotonic() - hope.since, lost_after)
                 time.sleep(BREATH)
         finally:
             self.progress.seconds = time.monotonic() - started
@@ -212,7 +213,8 @@ class Pull:
         begin, end = self._manifest.span(shard)
         target = self._memory
         if self.swarm.under_way[shard]:
-            if (scratch := self._race_memory(begin, end)) is None:
+            racing = any(job.target is not self._memory for jobs in self._jobs.values() for job in jobs)
+            if racing or (scratch := self._scratch.take(begin, end)) is None:
                 return None
             target = scratch
             self.progress.raced += 1
@@ -223,31 +225,8 @@ class Pull:
             self._board.claim(name, shard)
         return job
 
-    def _race_memory(self, begin: int, end: int) -> Memory | None:
-        """Where a shard goes that another source is writing to its place; None: no room."""
-        racing = any(job.target is not self._memory for jobs in self._jobs.values() for job in jobs)
-        if racing or end - begin > LARGEST_RACE:
-            return None
-        if self._scratch is None:
-            self._scratch = self._engine.allocate(min(LARGEST_RACE, self._manifest.shard_size), remote_accessible=False)
-        return Memory([self._scratch[: end - begin]], begin)
-
-    def _hopeless(self) -> int | None:
-        """While nothing is under way, a missing shard that no source can give; None where there is none."""
-        swarm = self.swarm
-        if swarm.busy:
-            return None
-        possible = np.zeros(self._manifest.shards, bool)
-        for source in swarm.sources.values():
-            offered = source.view.have.copy()
-            offered[list(source.refused)] = False
-            possible |= offered
-            for shards in source.view.fetching.values():
-                possible[list(shards)] = True
-        missing = np.flatnonzero(swarm.wanted & ~swarm.have & ~possible)
-        return int(missing[0]) if len(missing) else None
-
     def _check_hope(self, shard: int, seconds: float, lost_after: float) -> None:
+        """The shard has had no source for so long. Raises IntegrityError, ObjectNotFound."""
         refused = [name for name, source in self.swarm.sources.items() if shard in source.refused]
         if refused and seconds > min(1.0, lost_after):
             raise IntegrityError(
@@ -271,8 +250,7 @@ class Pull:
             while not worker.join(JOIN):
                 log.warning("%s: a transfer does not end", worker.holder.segment)
             self._copies.give(worker.copy)
-        if self._scratch is not None:
-            self._engine.unregister(self._scratch)
+        self._scratch.close()
 
     # --- the workers' threads -------------------------------------------------------------------------------
 
@@ -349,15 +327,8 @@ class Pull:
         with self.lock:
             if self.swarm.have[job.shard]:
                 return False
-        for ours, theirs in zip(self._memory.views(job.begin, job.end), self._pieces_like(job), strict=True):
-            ours[:] = theirs
+        put_in_place(job, self._memory)
         return True
-
-    def _pieces_like(self, job: Job) -> list[np.ndarray]:
-        """The raced shard's bytes, cut as the object's buffers are."""
-        (whole,) = job.target.views(job.begin, job.end)
-        lengths = [view.nbytes for view in self._memory.views(job.begin, job.end)]
-        return np.split(whole, np.cumsum(lengths)[:-1])
 
     def _refuse(self, source: str, job: Job) -> None:
         log.warning(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import queue
 import threading
 import time
@@ -20,14 +19,15 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from mooncake_hpc.errors import MooncakeError, PeerLost, TransferError
+from mooncake_hpc.errors import MooncakeError, PeerLost
 from mooncake_hpc.kernels import xxh3
-from mooncake_hpc.p2p.board import News, read_board
+from mooncake_hpc.p2p.board import News
 from mooncake_hpc.p2p.catalogue import Holder
 from mooncake_hpc.p2p.copying import Copier
 from mooncake_hpc.p2p.digests import HASHED_AT_ONCE, Hasher, receiving_hashers
 from mooncake_hpc.p2p.layout import Bytes, Layout, Memory, pair
 from mooncake_hpc.p2p.manifest import Manifest
+from mooncake_hpc.p2p.watch import Watch, end_batch
 from mooncake_hpc.request import READ, REQUEST
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 PIECE = (128 << 10, 4 << 20)  # bytes, at least and at most: half of what is asked of a source in advance
 COPIED_AT_ONCE = 16 << 20  # bytes, about, of shards copied in one native call and told of together
 LOOK = 0.05  # seconds between two looks at whether a shard is still wanted
-REST = (0.25, 8.0)  # seconds after a failure until the board is looked at again: at first, and at most
 SILENCE = (3.0, 30.0)  # seconds without a byte after which a source counts as gone: at first, and at most
 
 
@@ -75,12 +74,6 @@ class _Piece:
     nbytes: int
     since: float
     come: int = 0  # requests that are here, and hashed
-
-
-@dataclass(slots=True)
-class _BoardRead:
-    batch: Batch
-    since: float
 
 
 class Listener(Protocol):
@@ -132,9 +125,7 @@ class Worker:
         self._heard = 0.0  # when the last piece came
         self._segment: Segment | None = None
         self._copier: Copier | None = None  # where the source's memory is mapped
-        self._board: _BoardRead | None = None
-        self._next_look = math.inf if holder.board is None or holder.have.all() else 0.0
-        self._rest = REST[0]
+        self._watch = Watch(engine, holder, copy, listener.news)
         self._thread = threading.Thread(target=self._run, name=f"mooncake-p2p-{holder.segment}", daemon=True)
         self._thread.start()
 
@@ -160,7 +151,7 @@ class Worker:
                 self._wait()
                 segment = self._connect()
                 while not self._stopping:
-                    self._look(segment)
+                    self._watch.look(segment, None if self._jobs else LOOK, self._silence)
                     if not self._jobs:
                         break
                     self._step(segment)
@@ -170,7 +161,7 @@ class Worker:
                 log.exception("fetching from %s", self.holder.segment)
                 self._fail(PeerLost(f"{self.holder.segment}: {error!r}"))
         self._cancel([*self._jobs])
-        self._drop_look()
+        self._watch.drop()
         while (job := self._take()) is not None:
             self._cancel([job])
 
@@ -178,9 +169,8 @@ class Worker:
         """For a job, or until it is time to look at the board."""
         if self._jobs:
             return
-        left = None if self._next_look == math.inf else max(0.0, self._next_look - time.monotonic())
         try:
-            if (job := self._given.get(timeout=left)) is not None:
+            if (job := self._given.get(timeout=self._watch.left)) is not None:
                 self._jobs.append(job)
         except queue.Empty:
             pass
@@ -202,40 +192,6 @@ class Worker:
             self.transport = segment.transport if self._copier is None else "shm"
             self._segment = segment
         return self._segment
-
-    def _look(self, segment: Segment) -> None:
-        """Take in the board that was asked for, or ask for it when it is time."""
-        now = time.monotonic()
-        if self._board is None:
-            if now < self._next_look or self.holder.board is None:
-                return
-            requests = np.zeros(1, REQUEST)
-            requests["opcode"], requests["target_id"], requests["length"] = READ, segment.id, self.copy.nbytes
-            requests["local_addr"], requests["remote_addr"] = self.copy.ctypes.data, self.holder.board.address
-            self._board = _BoardRead(self._engine.submit(requests), now)
-        batch = self._board.batch
-        if not (batch.done if self._jobs else batch.join(LOOK)):
-            if now - self._board.since > self._silence and not self._jobs:
-                raise PeerLost(f"segment {self.holder.segment!r} does not answer")
-            return
-        self._board = None
-        if (error := batch.error) is not None:
-            raise error
-        self._tell()
-
-    def _tell(self) -> None:
-        assert self.holder.board is not None
-        found = read_board(self.copy, self.holder.board.token, len(self.holder.have))
-        if found is None:
-            raise PeerLost(f"segment {self.holder.segment!r} does not offer the object any more")
-        self._rest = REST[0]
-        pause = self._listener.news(self.holder, found)
-        self._next_look = math.inf if pause is None else time.monotonic() + pause
-
-    def _drop_look(self) -> None:
-        if self._board is not None:
-            end_batch(self._board.batch)
-            self._board = None
 
     def _step(self, segment: Segment) -> None:
         """Ask for more, then take in the piece that was asked for first; or copy shards."""
@@ -337,11 +293,8 @@ class Worker:
     def _fail(self, error: MooncakeError) -> None:
         jobs = [*self._jobs]
         self._abort(jobs)
-        self._drop_look()
+        self._watch.rest()
         self._segment = self._copier = None
-        if self._next_look != math.inf:
-            self._next_look = time.monotonic() + self._rest
-            self._rest = min(2 * self._rest, REST[1])
         self._listener.failed(self.holder.segment, jobs, error)
 
     def _abort(self, jobs: list[Job]) -> None:
@@ -363,12 +316,3 @@ def _hash(piece: _Piece, hasher: Hasher) -> None:
         for view in job.target.views(at, end):
             hasher.update(view)
         at, piece.come = end, piece.come + 1
-
-
-def end_batch(batch: Batch) -> None:
-    """Cancel, until it is done for certain: the memory is somebody's."""
-    while not batch.done:
-        try:
-            batch.cancel()
-        except TransferError:
-            log.warning("a batch does not end", exc_info=True)

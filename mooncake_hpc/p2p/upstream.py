@@ -26,7 +26,7 @@ from mooncake_hpc.p2p.catalogue import ObjectInfo
 from mooncake_hpc.p2p.layout import Layout, Memory, pair
 from mooncake_hpc.p2p.manifest import UNVERIFIED, Manifest
 from mooncake_hpc.p2p.progress import Progress, Terms
-from mooncake_hpc.p2p.source import end_batch
+from mooncake_hpc.p2p.watch import end_batch
 from mooncake_hpc.request import READ, REQUEST
 
 if TYPE_CHECKING:
