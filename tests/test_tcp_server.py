@@ -49,9 +49,9 @@ def dial(server: TcpServer, host: str = "127.0.0.1") -> socket.socket:
     return socket.create_connection((host, server.port), 20)
 
 
-def ask(client: socket.socket, nbytes: int) -> bool:
+def ask(client: socket.socket, nbytes: int, identity: int = 0) -> bool:
     """Whether the first `nbytes` of DATA come; False where the connection ends before."""
-    client.sendall(struct.pack("<QQB7x", nbytes, int(DATA.ctypes.data), READ_V1))
+    client.sendall(struct.pack("<QQQ", nbytes, int(DATA.ctypes.data), READ_V1 | identity << 8))
     got = b""
     while len(got) < nbytes:
         part = client.recv(1 << 18)
@@ -77,24 +77,26 @@ def test_its_connections_have_the_options_of_the_other_side(host: str) -> None:
     with serving(host) as server, dial(server, host) as client:
         assert ask(client, 10)
         set_options(client)
-        (fd,) = [thread.fd for thread in server._threads if thread.fd >= 0]
+        (fd,) = [thread.fd for thread in list(server._threads) if thread.fd >= 0]
         with socket.socket(fileno=os.dup(fd)) as theirs:
             assert theirs.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) and not os.get_blocking(fd)
             assert send_buffer(theirs) == send_buffer(client) and not os.get_inheritable(fd)
 
 
-def test_one_connection_after_the_other_takes_few_threads(server: TcpServer) -> None:
-    for _ in range(300):
+@pytest.mark.parametrize("first", [0, 1], ids=["nameless", "named"])
+def test_one_connection_after_the_other_takes_few_threads(server: TcpServer, first: int) -> None:
+    for number in range(300):
         with dial(server) as client:
-            assert ask(client, 1000)
-    assert threads() <= 4
+            assert ask(client, 1000, first * (1 + number))
+    assert threads() <= tcp_accept.SPARE + 1
     assert server.moved == (0, 300_000)
 
 
-def test_threads_of_many_connections_end_with_them(server: TcpServer) -> None:
+@pytest.mark.parametrize("first", [0, 1], ids=["nameless", "named"])
+def test_threads_of_many_connections_end_with_them(server: TcpServer, first: int) -> None:
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(dial(server)) for _ in range(200)]
-        assert all(ask(client, 100) for client in clients)
+        assert all(ask(client, 100, first * number) for number, client in enumerate(clients, 1))
         until(lambda: threads() > 200)  # and one that waits for the next
     until(lambda: threads() <= tcp_accept.SPARE + 1)
     assert server.moved == (0, 20_000)
@@ -120,7 +122,7 @@ def test_where_there_is_no_room_silent_clients_give_way_and_others_wait(
 
 
 def test_connections_without_a_descriptor_wait_for_one(server: TcpServer, caplog: pytest.LogCaptureFixture) -> None:
-    with dial(server) as first:
+    with dial(server) as first, dial(server) as silent:
         assert ask(first, 10)
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         with contextlib.ExitStack() as stack:
@@ -130,13 +132,24 @@ def test_connections_without_a_descriptor_wait_for_one(server: TcpServer, caplog
                 for client in clients:
                     client.connect(("127.0.0.1", server.port))
                 until(lambda: "accept: Too many open files" in caplog.text)
-                assert ask(first, 10)
+                time.sleep(2 * module.SILENT)
+                assert ask(first, 10) and threads() < 10
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-            for client in clients:
+            for client in [*clients, silent]:
                 client.settimeout(20)
                 assert ask(client, 10)
     assert caplog.text.count("Too many open files") <= 2
+
+
+def test_the_default_timeout_of_sockets_has_no_effect() -> None:
+    socket.setdefaulttimeout(30)
+    try:
+        with serving() as server, dial(server) as client:
+            time.sleep(0.2)
+            assert ask(client, 10) and threads() == 2
+    finally:
+        socket.setdefaulttimeout(None)
 
 
 def test_what_nobody_has_accepted_holds_up_no_end() -> None:

@@ -97,6 +97,12 @@ def compile_ahead(first: Any, *others: Any) -> None:
     log.info("kernels were compiled in %.1f s, once for all processes of this version", time.monotonic() - begin)
 
 
+def preload(*kernels: Any) -> None:
+    """Have kernels of int64 arguments in this process now: a first call opens files, and descriptors may run out."""
+    for each in kernels:
+        _compile_one(each)
+
+
 def _compile_one(each: Any) -> bool:
     """Whether it was not in the cache."""
     if isinstance(each, Entry):

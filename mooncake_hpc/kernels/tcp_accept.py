@@ -62,7 +62,7 @@ from mooncake_hpc.kernels.tcp_server import (
     serve_connection,
 )
 
-SPARE = 32  # threads that wait for a connection; one more that has served its own is not needed
+SPARE = 16  # threads that wait for a connection; each has a descriptor set aside for it, as Linux's accept has it
 
 LOOK = 60_000_000_000  # ns between two looks at what somebody would have told
 
@@ -103,21 +103,36 @@ def stop(block, serial):
 
 
 @kernel
+def wait_no_more(block):
+    """The thread is none of those that wait for a connection, if it was."""
+    if get(block + COUNTED) != 0:
+        put(block + COUNTED, 0)
+        accepting = get(block + EXPORTS) + ACCEPTING
+        if fetch_add(accepting, -1) == 1:
+            futex_wake(accepting, 1)
+
+
+@kernel
 def _accept(block):
-    """Wait for a connection and make it the block's: 0, or what `serve` returns."""
-    accepting = get(block + EXPORTS) + ACCEPTING
-    fetch_add(accepting, 1 - get(block + COUNTED))
-    put(block + COUNTED, 0)
+    """Wait for a connection and make it the block's: 0, or what `serve` returns. After UNACCEPTED the thread counts as
+    waiting still: where descriptors have run out, another one would fare no better."""
+    exports = get(block + EXPORTS)
+    if get(block + COUNTED) == 0:
+        put(block + COUNTED, 1)
+        if fetch_add(exports + ACCEPTING, 1) >= SPARE:
+            wait_no_more(block)
+            return UNNEEDED
     fd, code = -1, EINTR
-    while fd < 0 and code in (EINTR, ECONNABORTED) and load(get(block + EXPORTS) + CLOSING) == 0:
+    while fd < 0 and code in (EINTR, ECONNABORTED) and load(exports + CLOSING) == 0:
         put(block + ADDRESS_SIZE, 32)
         fd = accept4(get(block + LISTENER), block + PEER, block + ADDRESS_SIZE, NONBLOCK | CLOEXEC)
         code = errno()
-    if fetch_add(accepting, -1) == 1:
-        futex_wake(accepting, 1)
-    if fd < 0:
+    if fd < 0 and load(exports + CLOSING) == 0:
         put(block + ERROR, code)
-        return CLOSED if load(get(block + EXPORTS) + CLOSING) != 0 else UNACCEPTED
+        return UNACCEPTED
+    wait_no_more(block)
+    if fd < 0:
+        return CLOSED
     _begin_connection(block, fd)
     return 0
 
@@ -179,8 +194,6 @@ def serve(block):
         if code != ENDED or get(block + CONNECTION) != 0:
             return code
         hang_up(block)
-        if load(get(block + EXPORTS) + ACCEPTING) >= SPARE:
-            return UNNEEDED
 
 
-KERNELS = serve, await_shortage, take_back, end, stop, hang_up
+KERNELS = serve, await_shortage, take_back, wait_no_more, end, stop, hang_up

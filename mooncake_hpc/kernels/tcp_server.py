@@ -70,7 +70,7 @@ SPIN = 296  # a spinner (`kernels.spin`), 3 words
 PEER, OURS = 320, 352  # struct sockaddr_in6
 ADDRESS_SIZE = 384  # socklen_t
 ERROR = 392  # errno of accept
-COUNTED = 400  # 1: among ACCEPTING already
+COUNTED = 400  # 1: the thread is among ACCEPTING
 BLOCK_WORDS = 51
 
 # --- words of the exports block, one an engine

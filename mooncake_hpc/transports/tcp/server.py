@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import socket
 import threading
 import time
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mooncake_hpc.kernels import tcp_accept, tcp_server
+from mooncake_hpc.kernels.compiled import preload
 from mooncake_hpc.kernels.sockets import LIST
 from mooncake_hpc.kernels.tcp_lists import OK
 from mooncake_hpc.transports.base import Registration, Tables
@@ -64,10 +66,16 @@ class ServerThread:
         return self.word(tcp_server.FD)
 
     @property
-    def silent(self) -> bool:
-        """Whether it has a connection over which no request has come for a while, and that has not been stopped."""
-        asked = self.fd < 0 or self.word(tcp_server.ASKED) or self.word(tcp_server.STOP)
-        return not asked and time.monotonic_ns() - self.word(tcp_server.BEGAN) > SILENT * 1e9
+    def serial(self) -> int:
+        """Which of its connections is the present one."""
+        return self.word(tcp_server.SERIAL)
+
+    @property
+    def silence(self) -> float:
+        """Seconds since its connection began, where no request has come over it; 0 after one, or a `stop`."""
+        if self.fd < 0 or self.word(tcp_server.ASKED) or self.word(tcp_server.STOP):
+            return 0.0
+        return (time.monotonic_ns() - self.word(tcp_server.BEGAN)) / 1e9
 
     @property
     def identity(self) -> str:
@@ -79,19 +87,13 @@ class ServerThread:
         """Payload bytes received and sent over all of its connections."""
         return self.word(tcp_server.BYTES_IN), self.word(tcp_server.BYTES_OUT)
 
-    def stop(self) -> None:
-        """End the present connection soon, whatever it is doing."""
-        tcp_accept.stop(self.address, self.word(tcp_server.SERIAL))
+    def stop(self, serial: int) -> None:
+        """End the connection of this number soon, whatever it is doing, if it has not ended."""
+        tcp_accept.stop(self.address, serial)
 
     def uses_before(self, version: int) -> bool:
         """Whether the connection refers to exports older than `version`."""
         return 0 < self.word(tcp_server.BUSY) < version
-
-    def stop_user(self, version: int) -> None:
-        """As `stop`, where `uses_before`."""
-        serial = self.word(tcp_server.SERIAL)
-        if self.uses_before(version):
-            tcp_accept.stop(self.address, serial)
 
 
 class TcpServer:
@@ -99,6 +101,7 @@ class TcpServer:
 
     def __init__(self, listener: socket.socket, patience: float) -> None:
         self._listener = listener
+        self._listener.setblocking(True)  # whatever socket.setdefaulttimeout() says
         self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # its connections have it from there
         self._patience = patience
         self.port: int = listener.getsockname()[1]
@@ -113,7 +116,10 @@ class TcpServer:
         self._named: dict[str, ServerThread] = {}
         self._fenced: dict[str, None] = {}
         self._totals = [0, 0]  # of threads that have ended
+        self._backlog = select.poll()  # tells whether a client waits to be accepted
+        self._backlog.register(listener, select.POLLIN)
         self._warned = -HUSH
+        preload(*tcp_accept.KERNELS)
         self._keeper = threading.Thread(target=self._keep, name="mooncake-tcp-accept", daemon=True)
         self._keeper.start()
 
@@ -135,7 +141,7 @@ class TcpServer:
                 del self._fenced[next(iter(self._fenced))]
             if (server := self._named.get(identity)) is None:
                 return True
-            server.stop()
+            server.stop(server.serial)  # named: it has not ended
             return self._lock.wait_for(lambda: self._named.get(identity) is not server, timeout)
 
     @property
@@ -150,9 +156,9 @@ class TcpServer:
     def cut(self) -> int:
         """Break every connection; how many there were."""
         with self._lock:
-            connected = [server for server in self._threads if server.fd >= 0]
-            for server in connected:
-                server.stop()
+            connected = [(server, server.serial) for server in self._threads if server.fd >= 0]
+        for server, serial in connected:
+            server.stop(serial)
         return len(connected)
 
     def close(self, timeout: float = 5.0) -> None:
@@ -185,7 +191,8 @@ class TcpServer:
         cut = False
         while True:
             with self._lock:
-                users = [server for server in self._threads if server.uses_before(version)]
+                serials = [(server, server.serial) for server in self._threads]
+            users = [(server, serial) for server, serial in serials if server.uses_before(version)]
             if not users:
                 return
             if time.monotonic() > deadline and not cut:
@@ -193,8 +200,8 @@ class TcpServer:
                 log.warning(
                     "data port %d: cutting %d connections that still use unregistered memory", self.port, len(users)
                 )
-                for server in users:
-                    server.stop_user(version)
+                for server, serial in users:
+                    server.stop(serial)
             time.sleep(0.0005)
 
     def _keep(self) -> None:
@@ -211,13 +218,13 @@ class TcpServer:
 
     def _add_thread(self) -> bool:
         """Whether there was room for one more."""
-        server = ServerThread(self._listener, self._address, self._patience)
-        server.thread = threading.Thread(target=self._run, args=(server,), name="mooncake-tcp", daemon=True)
         with self._lock:
             if len(self._threads) >= MAX_CONNECTIONS:
                 self._make_room()
                 return False
+            server = ServerThread(self._listener, self._address, self._patience)
             self._threads[server] = None
+        server.thread = threading.Thread(target=self._run, args=(server,), name="mooncake-tcp", daemon=True)
         try:
             server.thread.start()
         except BaseException:
@@ -226,11 +233,16 @@ class TcpServer:
         return True
 
     def _make_room(self) -> None:
-        """End the oldest connection that has never asked for anything. The caller holds the lock."""
-        silent = [server for server in self._threads if server.silent]
-        if silent:
+        """If a client waits, end the oldest connection that has never asked for anything. The caller holds the lock."""
+        if not self._backlog.poll(0):
+            return
+        serials = [(server, server.serial) for server in self._threads]
+        silence, server, serial = max(
+            ((server.silence, server, serial) for server, serial in serials), key=lambda found: found[0]
+        )
+        if silence > SILENT:
             log.debug("data port %d: %d connections, the oldest silent one is cut", self.port, MAX_CONNECTIONS)
-            min(silent, key=lambda server: server.word(tcp_server.BEGAN)).stop()
+            server.stop(serial)
         else:
             self._warn(f"{MAX_CONNECTIONS} connections, further ones have to wait")
 
@@ -252,6 +264,7 @@ class TcpServer:
                     self._end(server)
         finally:
             self._end(server)
+            tcp_accept.wait_no_more(server.address)
             self._forget(server)
 
     def _attend(self, server: ServerThread, code: int) -> None:
