@@ -93,6 +93,17 @@ def _against_original(operation: str) -> Case:
     return Case(f"original's target 64 KiB × 128 {operation}", load, contenders, (goal,))
 
 
+def _without_pool(operation: str) -> Case:
+    """As 0.3.10 and 0.3.12 do by themselves."""
+    contenders: dict[str, Callable[[Stage], Contender]] = {
+        "ours": lambda stage: Original(stage, against_ours=True, pooled=False),
+        "original": lambda stage: Original(stage, pooled=False),
+    }
+    goal = faster_than("original", limit=0.8, what="at our target / at its own")
+    load = Load(operation, 64 * KIB, 32, 2)
+    return Case(f"original's initiator, no pool, 64 KiB × 32 × 2 {operation}", load, contenders, (goal,))
+
+
 def _shared_memory(operation: str) -> Case:
     contenders: dict[str, Callable[[Stage], Contender]] = {
         "ours": lambda stage: Ours(stage, protocol="shm"),
@@ -113,5 +124,6 @@ CASES = (
     _tcp(Load("write", 64 * KIB, 128, 12), 15),
     *(_latency(operation) for operation in ("read", "write")),
     *(_against_original(operation) for operation in ("read", "write")),
+    *(_without_pool(operation) for operation in ("read", "write")),
     *(_shared_memory(operation) for operation in ("read", "write")),
 )

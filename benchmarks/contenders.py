@@ -286,14 +286,20 @@ class Ours(Contender):
 
 
 class Original(Contender):
-    """The original's initiator against its own target."""
+    """The original's initiator against its own target, or against ours; not `pooled`, with a connection a request."""
+
+    def __init__(self, stage: Stage, against_ours: bool = False, pooled: bool = True) -> None:
+        super().__init__(stage)
+        self._against_ours = against_ours
+        self._variables = {} if pooled else {"MC_TCP_ENABLE_CONNECTION_POOL": "0"}
 
     def measure(self, load: Load, seconds: float) -> Sample:
         return tried_again(lambda failures: self._measure(load, seconds, failures))
 
     def _measure(self, load: Load, seconds: float, failures: int) -> Sample:
         whole = max(1, round(seconds))  # its --duration is an integer
-        done = self._initiate(self._stage.original_bench, self._stage.original(), load, whole, "--protocol=tcp")
+        target = self._stage.ours("tcp") if self._against_ours else self._stage.original()
+        done = self._initiate(self._stage.original_bench, target, load, whole, "--protocol=tcp")
         found = RESULT.search(done.text)
         if found is None or not int(found[2]):
             raise Failed(f"the original's bench reports nothing:\n{done.text[-2000:]}")
@@ -301,6 +307,9 @@ class Original(Contender):
         moved, elapsed = requests * load.block, float(found[1])
         cpu = done.initiator_cpu + done.target_cpu
         return Sample(moved / elapsed, requests / elapsed, cpu / (moved / 1e9), failures=failures)
+
+    def _run(self, command: list[str], timeout: float) -> tuple[str, float]:
+        return run(command, timeout, {**environment(), **self._variables})
 
 
 class Raw(Contender):
