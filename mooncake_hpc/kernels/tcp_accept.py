@@ -62,8 +62,7 @@ from mooncake_hpc.kernels.tcp_server import (
     serve_connection,
 )
 
-SPARE = 16  # threads that wait for a connection; each has a descriptor set aside for it, as Linux's accept has it
-
+SPARE = 16  # threads that wait for a connection at most: Linux sets a descriptor aside for each
 LOOK = 60_000_000_000  # ns between two looks at what somebody would have told
 
 UNNEEDED, UNACCEPTED, CLOSED = 6, 7, 8  # what `serve` returns where there is no connection
