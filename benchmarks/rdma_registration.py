@@ -41,7 +41,7 @@ def in_turn(devices: Sequence[str]) -> Iterator[Register]:
 
     def register(memory: np.ndarray) -> Callable[[], None]:
         address = int(memory.ctypes.data)
-        regions = [device.register(address, memory.size, True, True, False) for device in opened]
+        regions = [device.register(address, memory.size, True, True, True, False) for device in opened]
 
         def undo() -> None:
             for region in regions:

@@ -24,8 +24,8 @@ from mooncake_hpc.control.server import (
     open_rpc_listener,
     refuse_connection,
 )
-from mooncake_hpc.errors import MooncakeError, PeerLost, RegistrationError
-from mooncake_hpc.kernels import slicer
+from mooncake_hpc.errors import AddressRejected, MooncakeError, PeerLost, RegistrationError
+from mooncake_hpc.kernels import ranges, slicer
 from mooncake_hpc.kernels.compiled import compile_ahead
 from mooncake_hpc.memory import MemoryFile, describe
 from mooncake_hpc.metadata.base import MetadataStore
@@ -139,29 +139,55 @@ class TransferEngine:
 
     # --- memory ---------------------------------------------------------------------------------------------
 
-    def allocate(self, nbytes: int, location: str = "cpu:0", remote_accessible: bool = True) -> npt.NDArray[np.uint8]:
+    def allocate(
+        self,
+        nbytes: int,
+        location: str = "cpu:0",
+        remote_accessible: bool = True,
+        *,
+        writable_by_peers: bool = True,
+    ) -> npt.NDArray[np.uint8]:
         """`nbytes` of zeroed shared memory, registered, as a uint8 array; peers on this host may map it.
 
-        It lives until it is unregistered (or the engine closed) and the last view of it is gone. Raises
-        RegistrationError, and as `register`.
+        It lives until it is unregistered (or the engine closed) and the last view of it is gone. Rights are those of
+        `register`. Raises RegistrationError, and as `register`.
         """
         file = MemoryFile(nbytes)
         array = file.array
-        self._add([Registration(file.address, nbytes, location, False, remote_accessible, array, file, True)])
+        rights = remote_accessible, array, file, True, writable_by_peers
+        self._add([Registration(file.address, nbytes, location, False, *rights)])
         return array
 
-    def register(self, obj: object, location: str = "cpu:0", remote_accessible: bool = True) -> None:
+    def register(
+        self,
+        obj: object,
+        location: str = "cpu:0",
+        remote_accessible: bool = True,
+        *,
+        writable_by_peers: bool = True,
+    ) -> None:
         """Let transports touch the memory of `obj`: anything with the buffer protocol, `__array_interface__`, or
         `__dlpack__` on the CPU. It is kept alive until unregistered; read-only memory is registered read-only.
         Shared memory carries to and from it only where it lies in what `allocate` gave: else it is for tcp.
 
+        Peers may neither read nor write what is not `remote_accessible`, and only read what is not
+        `writable_by_peers`: their WRITEs are refused. (Over shared memory a process of our own user that does not keep
+        to our protocol can write all the same, as it could by ptrace(2).)
+
         Raises RegistrationError, MetadataError (more buffers than one value holds), MetadataUnavailable.
         """
-        self.register_many([obj], location, remote_accessible)
+        self.register_many([obj], location, remote_accessible, writable_by_peers=writable_by_peers)
 
-    def register_many(self, objects: Iterable[object], location: str = "cpu:0", remote_accessible: bool = True) -> None:
+    def register_many(
+        self,
+        objects: Iterable[object],
+        location: str = "cpu:0",
+        remote_accessible: bool = True,
+        *,
+        writable_by_peers: bool = True,
+    ) -> None:
         """As `register` for several, with a single metadata write; on an error none is registered."""
-        self._add(describe_all(objects, location, remote_accessible))
+        self._add(describe_all(objects, location, remote_accessible, writable_by_peers))
 
     def unregister(self, obj: object) -> None:
         """Undo `register` or `allocate`; on return no peer touches the memory any more. Raises RegistrationError."""
@@ -288,6 +314,8 @@ class TransferEngine:
 
     def _transfer_one(self, opcode: int, local: object, segment: Segment, remote: int, timeout: float | None) -> None:
         view = describe(local)
+        if not 0 <= remote < ranges.SPACE:
+            raise AddressRejected(f"address {remote:#x} in segment {segment.name!r} is none of 64 bits")
         self.transfer(np.array([(opcode, segment.id, view.address, remote, view.nbytes)], REQUEST), timeout)
 
     def lane_bytes(self) -> dict[str, int]:

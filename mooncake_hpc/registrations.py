@@ -12,11 +12,20 @@ from mooncake_hpc.transports.base import Registration
 Registrations = tuple[Registration, ...]
 
 
-def describe_all(objects: Iterable[object], location: str, remote_accessible: bool) -> list[Registration]:
+def describe_all(
+    objects: Iterable[object], location: str, remote_accessible: bool, writable_by_peers: bool
+) -> list[Registration]:
     """A registration of each object's memory. Raises RegistrationError for what is no memory."""
     return [
         Registration(
-            v.address, v.nbytes, location, v.readonly, remote_accessible, v.owner, containing(v.address, v.nbytes)
+            v.address,
+            v.nbytes,
+            location,
+            v.readonly,
+            remote_accessible,
+            v.owner,
+            containing(v.address, v.nbytes),
+            writable_by_peers=writable_by_peers,
         )
         for v in [describe(obj) for obj in objects]
     ]
@@ -39,7 +48,9 @@ def take_out(known: Registrations, objects: Iterable[object]) -> tuple[Registrat
 def published(registrations: Registrations) -> tuple[BufferDescriptor, ...]:
     """The buffers that peers are told of."""
     return tuple(
-        BufferDescriptor(r.address, r.length, r.location, r.readonly) for r in registrations if r.remote_accessible
+        BufferDescriptor(r.address, r.length, r.location, r.readonly_for_peers)
+        for r in registrations
+        if r.remote_accessible
     )
 
 

@@ -123,7 +123,8 @@ class Region:
     start: int
     end: int
     writable: bool
-    remote: bool
+    peers_read: bool
+    peers_write: bool
     relaxed: bool
     lkey: int = 0
 
@@ -153,9 +154,12 @@ class Device:
         indices = fabric.gid_indices.get(self.name, (1, 2, 3))
         return [gid.Gid(index, bytes([index]) * 15 + b"\x01") for index in indices]
 
-    def register(self, address: int, length: int, writable: bool, remote: bool, relaxed: bool) -> Region:
+    def register(
+        self, address: int, length: int, writable: bool, peers_read: bool, peers_write: bool, relaxed: bool
+    ) -> Region:
         fabric.registering(self.name, address, length)
-        region = Region(self.name, address, address + length, writable, remote, relaxed, next(fabric.numbers))
+        rights = writable, peers_read, peers_write
+        region = Region(self.name, address, address + length, *rights, relaxed, next(fabric.numbers))
         fabric.regions[region.lkey] = region
         return region
 
@@ -278,7 +282,7 @@ class QueuePair:
             return layout.LOCAL_PROTECTION
         if (
             not theirs
-            or not theirs.remote
+            or not (theirs.peers_write if writing else theirs.peers_read)
             or not self._allowed(theirs, other.device, work.remote, work.length, writing)
         ):
             other.to_error()

@@ -22,6 +22,7 @@ from mooncake_hpc.transports.tcp.options import set_options
 from mooncake_hpc.transports.tcp.server import TcpServer
 
 READ_V1, READ_V2 = 0, 0x80
+REFUSAL = 0x4D43545600000001
 DATA = pattern(9, 100_000)
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -81,6 +82,30 @@ def test_its_connections_have_the_options_of_the_other_side(host: str) -> None:
         with socket.socket(fileno=os.dup(fd)) as theirs:
             assert theirs.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) and not os.get_blocking(fd)
             assert send_buffer(theirs) == send_buffer(client) and not os.get_inheritable(fd)
+
+
+@pytest.mark.parametrize("opcode", [0, 1, 0x80, 0x81, 0x7E, 0xFF])
+def test_an_address_anywhere_else_is_refused(server: TcpServer, opcode: int) -> None:
+    """Neither a large address nor a large size, nor their sum, is taken for one below zero."""
+    start, end = int(DATA.ctypes.data), int(DATA.ctypes.data) + DATA.size
+    places = [
+        (start + (1 << 63), 8),
+        ((1 << 64) - 4096, 8),
+        ((1 << 64) - 8, 16),
+        (start, 1 << 63),
+        (start, (1 << 64) - 8),
+    ]
+    places += [(start - 1, 8), (end - 7, 8), (start, DATA.size + 1), (0, 8), (start, 0), (start, (1 << 63) - 1)]
+    before = DATA.copy()
+    for address, size in places:
+        with dial(server) as client:
+            client.sendall(struct.pack("<QQQ", size, address, opcode) + bytes(64))
+            client.shutdown(socket.SHUT_WR)
+            reply = b"".join(iter(lambda client=client: client.recv(4096), b""))
+        assert reply == (struct.pack("<Q", REFUSAL) if opcode & 0x80 else b"")
+    assert (before == DATA).all()
+    with dial(server) as client:
+        assert ask(client, DATA.size)
 
 
 @pytest.mark.parametrize("first", [0, 1], ids=["nameless", "named"])

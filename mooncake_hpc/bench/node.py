@@ -57,7 +57,7 @@ class Target:
             engine.allocate(size, location=f"cpu:{i % nodes}") for i in range(max(MIN_BUFFERS, nodes))
         ]
 
-        self._cpu = engine.allocate(4096, location=CPU_BUFFER).view(np.int64)
+        self._cpu = engine.allocate(4096, location=CPU_BUFFER, writable_by_peers=False).view(np.int64)
 
     def tick(self) -> None:
         """Publish our CPU time; call every CPU_INTERVAL seconds."""

@@ -1,7 +1,8 @@
 """What numba lacks: memory at an address, atomics, and libc's calls, all usable in cached nogil kernels.
 
-Addresses are int64 everywhere. libc is reached by symbol (`types.ExternalFunction`): a function reached through a
-ctypes object would forbid numba's cache, and an uncached kernel costs seconds a process.
+Addresses are unsigned 64 bits in int64 words: kernels compare them by `below`, and Python hands them over by `word`.
+libc is reached by symbol (`types.ExternalFunction`): a function reached through a ctypes object would forbid numba's
+cache, and an uncached kernel costs seconds a process.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ I64, I32, I8 = ir.IntType(64), ir.IntType(32), ir.IntType(8)
 ARCH = platform.machine()
 SYS_FUTEX = {"x86_64": 202, "aarch64": 98}.get(ARCH, 98)
 FUTEX_WAIT, FUTEX_WAKE = 0, 1  # without FUTEX_PRIVATE_FLAG: words may be shared by processes
+
+
+def word(value: int) -> int:
+    """Return the int64 of the same bits as an unsigned `value` below 2**64, such as an address."""
+    return value - (1 << 64) if value >> 63 else value
 
 
 def _pointer(builder: Any, address: Any, bits: Any) -> Any:
@@ -87,6 +93,16 @@ def put_byte(typingctx, address, value):
         return ctx.get_dummy_value()
 
     return types.void(types.int64, types.int64), gen
+
+
+@intrinsic
+def below(typingctx, one, other):
+    """Whether `one` is less than `other`, both unsigned."""
+
+    def gen(ctx, b, sig, args):
+        return b.icmp_unsigned("<", args[0], args[1])
+
+    return types.boolean(types.int64, types.int64), gen
 
 
 @intrinsic

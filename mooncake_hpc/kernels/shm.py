@@ -33,15 +33,15 @@ from mooncake_hpc.kernels.lane import (
     head_entry,
     outcome,
 )
-from mooncake_hpc.kernels.native import copy, errno, fence, get, load, now, put, recv, store
-from mooncake_hpc.kernels.ranges import reach
+from mooncake_hpc.kernels.native import below, copy, errno, fence, get, load, now, put, recv, store
+from mooncake_hpc.kernels.ranges import room
 
 # --- words of the lane block
 FD = 128  # Unix socket to the peer; its end is the peer's end
 PAGE = 136  # the page shared with the peer
 VERSION = 144  # version of the peer's registrations that TABLES and FILES describe
 TABLES = 152  # readable, writable
-FILES = 160  # n, then n times {start at the peer, end at the peer, start here}
+FILES = 160  # n, then n times {start at the peer, bytes, start here}
 OFFSET = 168  # bytes of the head slice that have been copied
 SCRATCH = 176
 
@@ -56,13 +56,14 @@ NAP = 50_000_000
 
 
 @kernel
-def _here(lane, address):
-    """Where the peer's `address` is mapped in our process; 0: nowhere."""
+def _here(lane, address, length):
+    """Where the peer's `length` bytes at `address` are mapped in our process, in one piece; 0: nowhere."""
     files = get(lane + FILES)
     for index in range(get(files)):
         entry = files + 8 + 24 * index
-        if get(entry) <= address < get(entry + 8):
-            return address - get(entry) + get(entry + 16)
+        offset = address - get(entry)
+        if below(offset, get(entry + 8)) and length <= get(entry + 8) - offset:
+            return offset + get(entry + 16)
     return 0
 
 
@@ -73,12 +74,12 @@ def _copy_some(lane, budget):
     piece = get(entry + ENTRY_SLICES) + SLICE * get(lane + DONE_SLICES)
     writing = get(piece + META) & WRITING
     length, remote, offset = get(piece + LENGTH), get(piece + REMOTE), get(lane + OFFSET)
-    theirs = _here(lane, remote)
+    theirs = _here(lane, remote, length)
     if load(get(entry + ENTRY_BATCH) + CANCEL) != 0:
         put(lane + OFFSET, 0)
         finish_head(lane, CANCELLED)
         return 0
-    if theirs == 0 or reach(get(get(lane + TABLES) + 8 * writing), remote) - remote < length:
+    if theirs == 0 or room(get(get(lane + TABLES) + 8 * writing), remote) < length:
         put(lane + OFFSET, 0)
         finish_head(lane, REJECTED)
         return 0

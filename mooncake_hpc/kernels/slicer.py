@@ -37,7 +37,7 @@ from mooncake_hpc.kernels.lane import (
 )
 from mooncake_hpc.kernels.leader import drive
 from mooncake_hpc.kernels.native import get, get_byte, load, now, pause, put, put_byte, release_gil, store, take_gil
-from mooncake_hpc.kernels.ranges import covered, reach
+from mooncake_hpc.kernels.ranges import covered, room, wraps
 
 BAD_OPCODE, BAD_LENGTH, LOCAL_UNREGISTERED, REMOTE_UNREGISTERED, NO_ROOM = 1, 2, 3, 4, 5
 REASONS = 8
@@ -73,11 +73,12 @@ def reset(batch, count):
 
 
 @brief
-def cut(batch, count, target, local, route, slices, room):
+def cut(batch, count, target, local, route, slices, most):
     """Write the slices of those of the batch's `count` requests that go to segment `target`; their number.
 
     `local` is the address of a pair of tables, readable and writable, `route` that of a route block. A slice crosses
-    no border of a remote buffer and is at most the route's limit and tail. Below 0: -(request * REASONS + reason).
+    no border of a remote buffer and is at most the route's limit and tail. There is room for `most` at `slices`.
+    Below 0: -(request * REASONS + reason).
     """
     made = fence_at = others = 0
     requests, status, pending = get(batch + REQUESTS), get(batch + STATUS), get(batch + PENDING)
@@ -95,19 +96,21 @@ def cut(batch, count, target, local, route, slices, room):
             return -(index * REASONS + BAD_LENGTH)
         if length > 0 and not covered(get(local + 8 * (1 - opcode)), ours, length):
             return -(index * REASONS + LOCAL_UNREGISTERED)
+        if length > 0 and wraps(theirs, length):
+            return -(index * REASONS + REMOTE_UNREGISTERED)
         allowed = get(route + ROUTE_TABLES + 8 * opcode)
         pieces = 0
         while length > 0:
-            size = min(reach(allowed, theirs) - theirs, length)
+            size = min(room(allowed, theirs), length)
             if size <= 0:
                 return -(index * REASONS + REMOTE_UNREGISTERED)
             if borders != 0:
-                size = min(reach(get(borders + 8 * (1 - opcode)), ours) - ours, size)
+                size = min(room(get(borders + 8 * (1 - opcode)), ours), size)
                 if size <= 0:
                     return -(index * REASONS + LOCAL_UNREGISTERED)
             if size - limit > tail:
                 size = limit
-            if made >= room - 1:
+            if made >= most - 1:
                 return -(index * REASONS + NO_ROOM)
             piece = slices + SLICE * made
             put(piece + LOCAL, ours)

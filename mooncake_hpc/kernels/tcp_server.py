@@ -28,7 +28,7 @@ from mooncake_hpc.kernels.native import (
     sendmsg,
     store,
 )
-from mooncake_hpc.kernels.ranges import reach
+from mooncake_hpc.kernels.ranges import room
 from mooncake_hpc.kernels.sockets import (
     DONTWAIT,
     EAGAIN,
@@ -162,7 +162,7 @@ def _begin(block, header):
     tables = get(block + EXPORTS) + EXPORT_TABLES
     writing = 1 if opcode & 127 == 1 else 0
     put(block + ASKED, 1)
-    if size <= 0 or size > reach(get(tables + 8 * writing), address) - address:
+    if size <= 0 or size > room(get(tables + 8 * writing), address):
         if opcode & FRAMING_2:
             _reply(block, block + REFUSAL, 8)
         return REFUSED

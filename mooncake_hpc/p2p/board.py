@@ -144,7 +144,8 @@ class MemoryPool:
             if unused := self._unused.get(size):
                 return unused.pop()
             if len(self._rest) < size:
-                self._rest = self._engine.allocate(max(size, CHUNK), remote_accessible=self._remote_accessible)
+                remote = self._remote_accessible
+                self._rest = self._engine.allocate(max(size, CHUNK), remote_accessible=remote, writable_by_peers=False)
             memory, self._rest = self._rest[:size], self._rest[size:]
             return memory
 

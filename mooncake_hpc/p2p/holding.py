@@ -118,7 +118,7 @@ class Holdings:
             view = describe(buffer)
             if containing(view.address, view.nbytes) is None:
                 fresh.append(buffer)
-        self._engine.register_many(fresh)
+        self._engine.register_many(fresh, writable_by_peers=False)
         held.registered = [as_bytes(buffer) for buffer in fresh]
 
     def unregister_memory(self, held: Held) -> None:

@@ -18,7 +18,7 @@ def receivers(engine: TransferEngine, manifest: Manifest, out: object) -> tuple[
     if out is None:
         if not manifest.size:
             return [], [np.zeros(0, np.uint8) for _ in manifest.sizes]
-        whole = engine.allocate(manifest.size)
+        whole = engine.allocate(manifest.size, writable_by_peers=False)
         return [whole], np.split(whole, np.cumsum(manifest.sizes)[:-1])
     if isinstance(out, Mapping):
         if manifest.kind != TENSORS:

@@ -194,8 +194,8 @@ class P2PStore:
         return True
 
     def allocate(self, nbytes: int) -> Bytes:
-        """Memory that peers of this host can map. It stays until the engine unregisters it, or is closed."""
-        return self.engine.allocate(nbytes)
+        """Memory that peers can read, and map on this host. It stays until the engine unregisters it, or is closed."""
+        return self.engine.allocate(nbytes, writable_by_peers=False)
 
     def close(self) -> None:
         """Withdraw everything; peers that still pull from here go elsewhere. Idempotent; never raises."""

@@ -171,9 +171,11 @@ class Node:
         self._stop_hammer = threading.Event()
         self._hammered: list[Any] = []
 
-    def allocate(self, nbytes: int, seed: int = 0, remote_accessible: bool = True) -> int:
+    def allocate(
+        self, nbytes: int, seed: int = 0, remote_accessible: bool = True, writable_by_peers: bool = True
+    ) -> int:
         """Shared memory, zeroed or with a pattern; its address."""
-        memory = self._engine.allocate(nbytes, remote_accessible=remote_accessible)
+        memory = self._engine.allocate(nbytes, remote_accessible=remote_accessible, writable_by_peers=writable_by_peers)
         if seed:
             fill(memory, seed)
         return self._keep(memory)

@@ -127,6 +127,11 @@ class TransportConformance(BatchConformance):
             (READ, target, ours, 8, 1),
             (WRITE, target, ours, (1 << 63) - 5, 10),
             (READ, target, ours, (1 << 64) - 5, 10),
+            (READ, target, ours, (1 << 64) - 4096, 64),
+            (WRITE, target, ours, (1 << 64) - 4096, 64),
+            (WRITE, target, ours, 1 << 63, 64),
+            (WRITE, target, (1 << 64) - 4096, link.remote, 64),
+            (READ, target, (1 << 63) + (ours & 0xFFFF), link.remote, 64),
             (READ, target, ours + self.arena, link.remote, 1),
             (WRITE, target, ours - 1, link.remote, 2),
         ]
@@ -155,6 +160,25 @@ class TransportConformance(BatchConformance):
         link.engine.unregister(sealed)
         with pytest.raises(AddressRejected, match="registered here"):
             link.engine.write(sealed, link.segment, link.remote)
+
+    def test_memory_that_peers_may_only_read(self, link: Link) -> None:
+        remote = link.peer.call("allocate", 5_000, 12, True, False)
+        ours = link.local[:5_000]
+        link.engine.read(ours, link.segment, remote)
+        assert (ours == pattern(12, 5_000)).all()
+        ours[:] = 0
+        with pytest.raises(AddressRejected, match="writable"):
+            link.engine.write(ours, link.segment, remote)
+        assert link.peer.call("digest", remote) == digest(pattern(12, 5_000))
+        link.peer.call("fill", remote, 13)  # its owner may
+        link.engine.read(ours, link.segment, remote)
+        assert (ours == pattern(13, 5_000)).all()
+        link.peer.call("drop", remote)
+
+    def test_an_address_of_more_than_64_bits(self, link: Link) -> None:
+        for remote in (1 << 64, -4096, (1 << 200) + link.remote):
+            with pytest.raises(AddressRejected, match=link.peer.name):
+                link.engine.write(link.local[:64], link.segment, remote)
 
     def test_memory_not_for_others(self, link: Link) -> None:
         remote = link.peer.call("allocate", 4_096, 0, False)

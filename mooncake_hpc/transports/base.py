@@ -23,7 +23,7 @@ class Registration:
     """Memory of this process that transports may touch.
 
     `owner` keeps it in place, `file` is the memory file that it lies in, if any, and `allocated` tells whether that
-    was made for this registration.
+    was made for this registration. `readonly` holds for ourselves as well, `writable_by_peers` for peers alone.
     """
 
     address: int
@@ -34,6 +34,11 @@ class Registration:
     owner: object = field(repr=False, compare=False)
     file: MemoryFile | None = field(default=None, repr=False, compare=False)
     allocated: bool = False
+    writable_by_peers: bool = True
+
+    @property
+    def readonly_for_peers(self) -> bool:
+        return self.readonly or not self.writable_by_peers
 
 
 class Tables:

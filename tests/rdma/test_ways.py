@@ -27,7 +27,7 @@ def test_one_library_is_loaded(nics: list[str]) -> None:
 
     device = verbs.Device(nics[0], 1)
     assert device.gids() == gid.read_table(gid.INFINIBAND / nics[0] / "ports/1") != []
-    device.register(id(device) & -4096, 4096, False, False, False).close()  # by libibverbs, without pyverbs
+    device.register(id(device) & -4096, 4096, False, False, False, False).close()  # by libibverbs, without pyverbs
     device.close()
     lines = Path("/proc/self/maps").read_text().splitlines()
     loaded = {Path(line.split()[-1]) for line in lines if "/libibverbs.so" in line}

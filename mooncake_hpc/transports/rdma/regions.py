@@ -30,7 +30,7 @@ CAP_IPC_LOCK = 14
 MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23  # from Linux 5.14 on
 LARGE = 64 << 20  # bytes from which on several threads fault memory in and register it, one a device
 Row = tuple[int, int, Sequence[int], bool]  # start, end, (bits of near devices, keys by device), read-only
-Key = tuple[int, int, bool, bool]  # address, length, read-only, remote
+Key = tuple[int, int, bool, bool, bool]  # address, length, read-only, remote, read-only for peers
 
 
 class KeyTables:
@@ -89,7 +89,7 @@ class Regions:
         wanted = {_key(r): r for r in registrations}
         made: dict[Key, list[Piece]] = {}
         missing = [key for key in wanted if key not in self._pieces]
-        _check_locked_memory(sum(length for _, length, _, _ in missing) * len(self._nics))
+        _check_locked_memory(sum(length for _, length, *_ in missing) * len(self._nics))
         try:
             for key in missing:
                 made[key] = []
@@ -107,8 +107,12 @@ class Regions:
         return tuple(
             replace(b, address=p.start, length=p.end - p.start, lkeys=p.lkeys, rkeys=p.rkeys)
             for b in buffers
-            for p in self._pieces.get((b.address, b.length, b.readonly, True), ())
+            for p in self._pieces_for_peers(b)
         )
+
+    def _pieces_for_peers(self, buffer: BufferDescriptor) -> Iterable[Piece]:
+        keys = ((buffer.address, buffer.length, ours, True, buffer.readonly) for ours in (False, True))
+        return next((self._pieces[key] for key in keys if key in self._pieces), ())
 
     def close(self) -> None:
         pieces, self._pieces = self._pieces, {}
@@ -116,12 +120,12 @@ class Regions:
         _release(piece for several in pieces.values() for piece in several)
 
     def _register(self, key: Key, pieces: list[Piece]) -> None:
-        address, length, readonly, remote = key
+        address, length, readonly, _, _ = key
         for start in range(address, address + length, self._most):
             piece = Piece(start, min(start + self._most, address + length), [])
             pieces.append(piece)
         places = [(nic, piece) for piece in pieces for nic in self._nics]
-        calls = [partial(self._region, nic, piece, not readonly, remote) for nic, piece in places]
+        calls = [partial(self._region, nic, piece, key) for nic, piece in places]
         if length >= LARGE:
             with ThreadPoolExecutor(max(_cores(), len(self._nics)), "mooncake-register") as threads:
                 _fault_in(threads, address, length, not readonly)
@@ -135,9 +139,11 @@ class Regions:
         if failures:
             raise RegistrationError(f"{failures[0]}{_memlock_hint()}") from failures[0]
 
-    def _region(self, nic: Nic, piece: Piece, writable: bool, remote: bool) -> Any:
+    def _region(self, nic: Nic, piece: Piece, key: Key) -> Any:
+        _, _, readonly, remote, readonly_for_peers = key
+        peers_write = remote and not readonly_for_peers
         relaxed = self._settings.relaxed_ordering
-        return nic.device.register(piece.start, piece.end - piece.start, writable, remote, relaxed)
+        return nic.device.register(piece.start, piece.end - piece.start, not readonly, remote, peers_write, relaxed)
 
     def _rows(self, key: Key, location: str) -> Iterable[Row]:
         near, _ = self._topology.choices(location)
@@ -187,7 +193,8 @@ def _populate(start: int, length: int, writable: bool) -> None:
 
 
 def _key(registration: Registration) -> Key:
-    return registration.address, registration.length, registration.readonly, registration.remote_accessible
+    r = registration
+    return r.address, r.length, r.readonly, r.remote_accessible, r.readonly_for_peers
 
 
 def _release(pieces: Iterable[Piece]) -> None:

@@ -153,11 +153,18 @@ class Device:
             entries = self._context.query_gid_table(MOST_GIDS)
         return sorted((_gid(entry) for entry in entries if entry.port_num == self._port), key=lambda gid: gid.index)
 
-    def register(self, address: int, length: int, writable: bool, remote: bool, relaxed: bool) -> Region | MR:
-        """A memory region with `lkey`, `rkey` and `close()`; other threads run meanwhile. Raises DeviceError."""
+    def register(
+        self, address: int, length: int, writable: bool, peers_read: bool, peers_write: bool, relaxed: bool
+    ) -> Region | MR:
+        """A memory region with `lkey`, `rkey` and `close()`; other threads run meanwhile. Raises DeviceError.
+
+        `peers_write` demands `writable` (ibv_reg_mr(3)).
+        """
         access = enums.IBV_ACCESS_LOCAL_WRITE if writable else 0
-        if remote:
-            access |= REMOTE if writable else enums.IBV_ACCESS_REMOTE_READ
+        if peers_read:
+            access |= enums.IBV_ACCESS_REMOTE_READ
+        if peers_write:
+            access |= enums.IBV_ACCESS_REMOTE_WRITE
         if relaxed:
             access |= enums.IBV_ACCESS_RELAXED_ORDERING
         with explained(f"RDMA device {self.name} cannot register {length} bytes at {address:#x}"):

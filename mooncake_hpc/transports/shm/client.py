@@ -17,6 +17,7 @@ from mooncake_hpc.errors import MooncakeError, PeerLost
 from mooncake_hpc.kernels import lane as layout
 from mooncake_hpc.kernels import leader, ranges
 from mooncake_hpc.kernels import shm as native
+from mooncake_hpc.kernels.native import word
 from mooncake_hpc.memory import Bytes, MemoryFile
 from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.transports.base import Peer, Route, Tables
@@ -33,20 +34,20 @@ class Maps:
         self.version = int(reply["version"])
         self.files = files
         self.tables = Tables.of((int(a), int(a) + int(n), bool(readonly)) for a, n, readonly in reply["buffers"])
-        rows = [(int(a), int(a) + int(n), files[int(serial)]) for serial, a, n in reply["files"]]
+        rows = [(int(a), files[int(serial)]) for serial, a, n in reply["files"]]
         self._rows = sorted(rows, key=lambda row: row[0])
-        words = [word for start, end, file in rows for word in (start, end, file.address)]
-        self.index: npt.NDArray[np.int64] = np.array([len(rows), *words], np.int64)
+        words = [value for start, file in rows for value in (start, file.nbytes, file.address)]
+        self.index: npt.NDArray[np.int64] = np.array([len(rows), *words], np.uint64).view(np.int64)
 
     def view(self, address: int, nbytes: int) -> Bytes | None:
         """The peer's `nbytes` bytes at `address`, read-only, if they are registered and lie in one file."""
         place = bisect_right(self._rows, address, key=lambda row: row[0]) - 1
-        if place < 0 or ranges.reach(int(self.tables.pair[0]), address) < address + nbytes:
+        if place < 0 or ranges.room(int(self.tables.pair[0]), word(address)) < nbytes:
             return None
-        start, end, file = self._rows[place]
-        if address + nbytes > end:
-            return None
+        start, file = self._rows[place]
         offset = address - start
+        if offset + nbytes > file.nbytes:
+            return None
         array = file.array[offset : offset + nbytes]
         array.flags.writeable = False
         return array

@@ -194,6 +194,6 @@ class ShmServer:
                 "page": first,
                 "files": [[serial, file.address, file.nbytes] for serial, file in files.items()],
                 "new": new,
-                "buffers": [[r.address, r.length, r.readonly] for r in usable],
+                "buffers": [[r.address, r.length, r.readonly_for_peers] for r in usable],
             }
             return reply, fds

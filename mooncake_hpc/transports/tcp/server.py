@@ -125,7 +125,8 @@ class TcpServer:
 
     def export(self, registrations: Sequence[Registration], *, shrinks: bool) -> None:
         """As `Transport.export`."""
-        tables = Tables.of((r.address, r.address + r.length, r.readonly) for r in registrations if r.remote_accessible)
+        exported = [r for r in registrations if r.remote_accessible]
+        tables = Tables.of((r.address, r.address + r.length, r.readonly_for_peers) for r in exported)
         self._retired.append(self._tables)
         self._tables = tables
         self._install(tables)
