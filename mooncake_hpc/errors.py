@@ -9,6 +9,7 @@ MooncakeError
 │   └── NameInUse                               a living process holds this name
 ├── RegistrationError (ValueError)    memory that cannot be registered, or is not
 ├── WorkerError                       a worker process failed and could not be replaced
+├── LockHeld (TimeoutError)           another process holds a lock file
 ├── P2PError                          the P2P Store refused or failed
 │   ├── ObjectNotFound (LookupError)            nobody holds such an object, or all of it
 │   ├── ObjectExists                            somebody else's object has the name
@@ -85,6 +86,10 @@ class IntegrityError(P2PError):
 
 class WorkerError(MooncakeError):
     """A worker process failed and could not be replaced."""
+
+
+class LockHeld(MooncakeError, TimeoutError):
+    """Another process holds a lock file; the text names the file."""
 
 
 class TransferError(MooncakeError):
