@@ -350,7 +350,7 @@ class TransferEngine:
     def _fence(self, connection: str, timeout: float) -> bool:
         return all([transport.fence(connection, timeout) for transport in self._transports])
 
-    def _answer(self, request: Any) -> dict[str, Any]:
+    def _answer(self, request: str) -> dict[str, Any]:
         replies = (transport.answer(request) for transport in self._transports)
         return next((reply for reply in replies if reply is not None), None) or refuse_connection(request)
 

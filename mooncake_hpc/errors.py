@@ -5,6 +5,7 @@ MooncakeError
 │   └── DeviceError                   an RDMA device that cannot be used as it is
 ├── MetadataError
 │   ├── MetadataUnavailable (ConnectionError)   the store does not answer
+│   ├── MalformedRecord (ValueError)            what a peer or somebody in the store wrote cannot be read
 │   ├── SegmentNotFound (LookupError)           nobody has this name
 │   └── NameInUse                               a living process holds this name
 ├── RegistrationError (ValueError)    memory that cannot be registered, or is not
@@ -46,6 +47,10 @@ class MetadataError(MooncakeError):
 
 class MetadataUnavailable(MetadataError, ConnectionError):
     """The metadata store does not answer within its deadline."""
+
+
+class MalformedRecord(MetadataError, ValueError):
+    """JSON from a peer or from the metadata store is not what it should be; the text names its source and the field."""
 
 
 class SegmentNotFound(MetadataError, LookupError):

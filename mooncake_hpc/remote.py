@@ -86,7 +86,7 @@ class Segment:
             raise PeerLost(f"segment {self.name!r}: another process answers at {self._rpc_address}")
         return reply.fenced
 
-    def handshake(self, request: dict[str, Any], timeout: float) -> Any:
+    def handshake(self, request: dict[str, Any], timeout: float) -> str:
         return client.exchange(self._rpc_address, Kind.CONNECTION, request, timeout, self._settings)
 
     def replaced(self) -> bool:

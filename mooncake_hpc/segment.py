@@ -8,11 +8,16 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
-from mooncake_hpc.errors import MetadataError
+from msgspec import Meta, Struct
+
+from mooncake_hpc.decode import Address, Count, Key, Length, Lid, Name, OptionalPort, Reader, Text, check_range
 
 OURS = "mooncake_hpc"
+MAX_BUFFERS = 1 << 20
+MAX_DEVICES = 1024
+GID = r"^([0-9a-fA-F]{2}(:?[0-9a-fA-F]{2}){15})?$"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,33 +96,76 @@ class SegmentDescriptor:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> SegmentDescriptor:
-        """Parse what anybody published. `where` names the source in the MetadataError of a malformed value."""
-        try:
-            value = json.loads(text)
-            ours = value.get(OURS) or {}
-            readonly = set(ours.get("readonly", ()))
-            buffers = tuple(_parse_buffer(b, i in readonly) for i, b in enumerate(value.get("buffers") or ()))
-            return cls(
-                name=str(value["name"]),
-                buffers=buffers,
-                tcp_data_host=str(value.get("tcp_data_host") or ""),
-                tcp_data_port=int(value.get("tcp_data_port") or 0),
-                tcp_proto_version=int(value.get("tcp_proto_version") or 1),
-                generation=str(ours.get("generation", "")),
-                shm_socket=str(ours.get("shm_socket", "")),
-                devices=tuple(
-                    DeviceDescriptor(str(d["name"]), str(d["gid"]), int(d.get("lid") or 0))
-                    for d in value.get("devices") or ()
-                ),
-                priority_matrix={
-                    str(location): [[str(name) for name in names] for names in lists]
-                    for location, lists in (value.get("priority_matrix") or {}).items()
-                    if lists
-                },
-                rdma_server_name=str(value.get("rdma_server_name") or ""),
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MetadataError(f"{where} holds no segment descriptor: {error!r}") from error
+        """Parse what anybody published. `where` names the source in the MalformedRecord of a malformed value."""
+        value = _read(text, where)
+        ours = value.mooncake_hpc or Ours()
+        readonly = set(ours.readonly or ())
+        buffers = tuple(
+            BufferDescriptor(b.addr, b.length, b.name or "", i in readonly, b.lkey or (), b.rkey or ())
+            for i, b in enumerate(value.buffers or ())
+        )
+        return cls(
+            name=value.name,
+            buffers=buffers,
+            tcp_data_host=value.tcp_data_host or "",
+            tcp_data_port=value.tcp_data_port or 0,
+            tcp_proto_version=value.tcp_proto_version or 1,
+            generation=ours.generation or "",
+            shm_socket=ours.shm_socket or "",
+            devices=tuple(DeviceDescriptor(d.name, d.gid, d.lid or 0) for d in value.devices or ()),
+            priority_matrix={
+                location: [names or [] for names in lists]
+                for location, lists in (value.priority_matrix or {}).items()
+                if lists
+            },
+            rdma_server_name=value.rdma_server_name or "",
+        )
+
+
+_Keys = Annotated[tuple[Key, ...], Meta(max_length=MAX_DEVICES)]
+_Devices = Annotated[list[Text], Meta(max_length=MAX_DEVICES)]
+
+
+class _Buffer(Struct):
+    """As published. Any field that some version of Mooncake leaves out, or fills with null, may be so here."""
+
+    addr: Address
+    length: Length
+    name: Text | None = None
+    lkey: _Keys | None = None
+    rkey: _Keys | None = None
+
+    def __post_init__(self) -> None:
+        check_range(self.addr, self.length)
+
+
+class _Device(Struct):
+    name: Name
+    gid: Annotated[str, Meta(pattern=GID)]
+    lid: Lid | None = None
+
+
+class Ours(Struct):
+    """What our programs add to a value, under the key OURS."""
+
+    generation: Text | None = None
+    shm_socket: Text | None = None
+    readonly: Annotated[list[Count], Meta(max_length=MAX_BUFFERS)] | None = None
+
+
+class _Segment(Struct):
+    name: Name
+    buffers: Annotated[list[_Buffer], Meta(max_length=MAX_BUFFERS)] | None = None
+    tcp_data_host: Text | None = None
+    tcp_data_port: OptionalPort | None = None
+    tcp_proto_version: Count | None = None
+    mooncake_hpc: Ours | None = None
+    devices: Annotated[list[_Device], Meta(max_length=MAX_DEVICES)] | None = None
+    priority_matrix: dict[Text, Annotated[list[_Devices | None], Meta(max_length=16)] | None] | None = None
+    rdma_server_name: Text | None = None
+
+
+_read = Reader(_Segment, "segment descriptor")
 
 
 def _buffer(buffer: BufferDescriptor) -> dict[str, Any]:
@@ -125,10 +173,3 @@ def _buffer(buffer: BufferDescriptor) -> dict[str, Any]:
     if buffer.rkeys:
         value |= {"lkey": list(buffer.lkeys), "rkey": list(buffer.rkeys)}
     return value
-
-
-def _parse_buffer(value: dict[str, Any], readonly: bool) -> BufferDescriptor:
-    lkeys, rkeys = (tuple(map(int, value.get(kind) or ())) for kind in ("lkey", "rkey"))
-    return BufferDescriptor(
-        int(value["addr"]), int(value["length"]), str(value.get("name", "")), readonly, lkeys, rkeys
-    )

@@ -85,7 +85,7 @@ def test_deeply_nested_json_is_malformed() -> None:
 
 
 def test_old_protocol_is_a_connection() -> None:
-    assert frames.decode(b'{"qp_num":[1]}') == frames.Frame(Kind.CONNECTION, {"qp_num": [1]}, old=True)
+    assert frames.decode(b'{"qp_num":[1]}') == frames.Frame(Kind.CONNECTION, '{"qp_num":[1]}', old=True)
 
 
 def test_probe_tells_the_generation_and_fences() -> None:
@@ -119,7 +119,7 @@ def test_notifications_arrive_in_order_and_are_bounded(monkeypatch: pytest.Monke
 def test_rdma_handshake_is_refused_politely_in_both_protocols() -> None:
     request = json.dumps({"local_nic_path": "a@b", "peer_nic_path": "c@d", "qp_num": [1]})
     with serving() as address:
-        reply = client.exchange(address, Kind.CONNECTION, json.loads(request), 5, SETTINGS)
+        reply = json.loads(client.exchange(address, Kind.CONNECTION, json.loads(request), 5, SETTINGS))
         old = talk(address, frames.encode(Kind.CONNECTION, request, old=True))
     assert "RDMA" in reply["reply_msg"]
     assert struct.unpack("<Q", old[:8])[0] == len(old) - 8
@@ -506,7 +506,7 @@ def test_beside_a_metadata_server_metadata_is_null(store: MemoryStore) -> None:
     with Node("a", store, "g") as node:
         node.directory.publish(node.describe())
         address = node.directory.rpc_address("a")
-        assert client.exchange(address, Kind.METADATA, {}, 5, SETTINGS) is None
+        assert client.exchange(address, Kind.METADATA, {}, 5, SETTINGS) == "null\n"
         with pytest.raises(MetadataError, match="P2PHANDSHAKE"):
             client.fetch_metadata(address, 5, SETTINGS)
 

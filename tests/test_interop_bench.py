@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import random
 import time
 from collections.abc import Iterable, Iterator
@@ -72,7 +73,7 @@ def answering(output: str) -> str:
         return ""
     name = f"127.0.0.1:{found[1]}"
     try:
-        descriptor = exchange(name, Kind.METADATA, {}, 5, SETTINGS)
+        descriptor = json.loads(exchange(name, Kind.METADATA, {}, 5, SETTINGS))
     except PeerLost:
         return ""
     return name if descriptor.get("buffers") else ""

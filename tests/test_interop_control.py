@@ -104,7 +104,7 @@ def test_the_original_notifies_us(peer: Peer, ours: Ours) -> None:
 
 
 def test_rdma_handshake_with_a_tcp_node_of_the_original(peer: Peer) -> None:
-    reply = client.exchange(peer.name, Kind.CONNECTION, {"local_nic_path": "a@b"}, 10, SETTINGS)
+    reply = json.loads(client.exchange(peer.name, Kind.CONNECTION, {"local_nic_path": "a@b"}, 10, SETTINGS))
     assert reply["qp_num"] == []
 
 

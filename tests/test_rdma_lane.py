@@ -329,7 +329,8 @@ def test_a_peer_that_no_gid_reaches_takes_none_from_others(fabric: Fabric) -> No
         fabric.unreachable.add(gone)
         lane: Any = link.there.open_segment("here:1").routes[0].lanes[0]
         for number in range(2):
-            reply = lane._pool.answer(Hello(f"stranger:{number}@a", "there:1@b", (1,), gid=gone).to_json())
+            request = Hello(f"stranger:{number}@a", "there:1@b", (1,), gid=gone).to_json()
+            reply = lane._pool.answer(json.dumps(request))
             assert "no route" in reply["reply_msg"] and "index 3" in reply["reply_msg"], reply
         link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
         assert {made.gid_index for made in fabric.links} == {1}

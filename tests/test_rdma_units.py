@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import random
 
 import pytest
 
-from mooncake_hpc.errors import PeerLost
+from mooncake_hpc.errors import MalformedRecord
 from mooncake_hpc.kernels import ranges
 from mooncake_hpc.transports.rdma.handshake import Hello
 from mooncake_hpc.transports.rdma.paths import Path, plan
@@ -32,12 +33,13 @@ def test_a_request_is_written_as_the_original_writes_it() -> None:
 @pytest.mark.parametrize("ready", [None, False, True])
 def test_a_handshake_is_read_as_it_was_written(ready: bool | None) -> None:
     said = Hello("a:1@rxe0", "b:1@rxe1", (1, 2, 3), 5, GID, ready, 1024, "no")
-    assert Hello.from_json(said.to_json(), "it") == said
+    assert Hello.from_json(json.dumps(said.to_json()), "it") == said
     assert ("ready_ack" in said.to_json()) == (ready is not None)
 
 
 def test_an_old_original_says_less() -> None:
-    heard = Hello.from_json({"local_nic_path": "a@x", "peer_nic_path": "b@y", "qp_num": [4], "reply_msg": ""}, "it")
+    text = '{"local_nic_path": "a@x", "peer_nic_path": "b@y", "qp_num": [4], "reply_msg": ""}'
+    heard = Hello.from_json(text, "it")
     assert heard == Hello("a@x", "b@y", (4,))
 
 
@@ -45,11 +47,12 @@ def test_an_old_original_says_less() -> None:
     "value",
     [None, [], "text", 5, {"qp_num": 7}, {"qp_num": ["x"]}, {"qp_num": [-1]}, {"qp_num": [1 << 24]},
      {"qp_num": list(range(5000))}, {"local_gid": "zz"}, {"local_gid": "00:01"}, {"local_lid": "many"},
-     {"mooncake_hpc": 3}, {"mooncake_hpc": {"mtu": "big"}}],
+     {"mooncake_hpc": 3}, {"mooncake_hpc": {"mtu": "big"}},
+     {"mooncake_hpc": {"mtu": 1}}, {"local_lid": 1 << 16}, {"local_nic_path": "a" * 2000}, {"qp_num": [True]}],
 )  # fmt: skip
 def test_anything_else_is_no_handshake(value: object) -> None:
-    with pytest.raises(PeerLost, match="the reply of x is no RDMA handshake"):
-        Hello.from_json(value, "the reply of x")
+    with pytest.raises(MalformedRecord, match="the reply of x holds no RDMA handshake"):
+        Hello.from_json(json.dumps(value), "the reply of x")
 
 
 # --- paths ----------------------------------------------------------------------------------------------------

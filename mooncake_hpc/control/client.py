@@ -6,12 +6,33 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec import Struct
+
 from mooncake_hpc.address import dial, split
 from mooncake_hpc.control import frames
 from mooncake_hpc.control.frames import Kind, dumps
-from mooncake_hpc.errors import ConfigError, MetadataError, PeerLost, TransferError
-from mooncake_hpc.segment import OURS, SegmentDescriptor
+from mooncake_hpc.decode import LONGEST_SMALL_VALUE, Reader, Text
+from mooncake_hpc.errors import ConfigError, MalformedRecord, MetadataError, PeerLost, TransferError
+from mooncake_hpc.segment import Ours, SegmentDescriptor
 from mooncake_hpc.settings import Settings
+
+
+class _Probe(Struct):
+    """The reply to a Probe."""
+
+    status: Text | None = None
+    mooncake_hpc: Ours | None = None
+    fenced: bool | None = None
+
+
+class _Notify(Struct):
+    """The reply to a Notify."""
+
+    notify_msg: Text | None = None
+
+
+_read_probe = Reader(_Probe, "answer to a Probe", LONGEST_SMALL_VALUE)
+_read_notify = Reader(_Notify, "answer to a Notify", LONGEST_SMALL_VALUE)
 
 
 class Unanswered(PeerLost):
@@ -26,8 +47,8 @@ class ProbeReply:
     fenced: bool  # nothing of the connection asked about can land any more
 
 
-def exchange(address: str, kind: Kind, payload: Any, timeout: float, settings: Settings) -> Any:
-    """Send one frame to `address` (`host:port`) and return the reply's JSON, within `timeout` seconds.
+def exchange(address: str, kind: Kind, payload: Any, timeout: float, settings: Settings) -> str:
+    """Send one frame to `address` (`host:port`) and return the reply's JSON text, within `timeout` seconds.
 
     Connecting takes at most MC_HANDSHAKE_CONNECT_TIMEOUT of it. Raises PeerLost; ConfigError for a malformed
     address, and for a frame above MC_HANDSHAKE_MAX_LENGTH.
@@ -57,7 +78,7 @@ def exchange(address: str, kind: Kind, payload: Any, timeout: float, settings: S
         raise PeerLost(f"{what}: no reply ({cause}); is it the RPC port of a Mooncake process?") from error
     if reply.old or reply.kind is not kind:
         raise PeerLost(f"{what}: the reply is of another kind")
-    return reply.payload
+    return reply.text
 
 
 def probe(address: str, timeout: float, settings: Settings, fence: str = "", fence_timeout: float = 0.0) -> ProbeReply:
@@ -67,12 +88,15 @@ def probe(address: str, timeout: float, settings: Settings, fence: str = "", fen
     ignores this, and `fenced` is False then.
     """
     request: dict[str, Any] = {"fence": fence, "timeout": fence_timeout} if fence else {}
-    reply = exchange(address, Kind.PROBE, request, timeout, settings)
-    if not isinstance(reply, dict) or reply.get("status") != "success":
-        raise PeerLost(f"Probe request to {address}: the peer answered {reply!r}")
-    ours = reply.get(OURS)
-    generation = str(ours.get("generation", "")) if isinstance(ours, dict) else ""
-    return ProbeReply(generation, reply.get("fenced") is True)
+    text = exchange(address, Kind.PROBE, request, timeout, settings)
+    try:
+        reply = _read_probe(text, "the reply")
+    except MalformedRecord as error:
+        raise PeerLost(f"Probe request to {address}: the peer answered {text[:80]!r}: {error}") from error
+    if reply.status != "success":
+        raise PeerLost(f"Probe request to {address}: the peer answered {text[:80]!r}")
+    ours = reply.mooncake_hpc or Ours()
+    return ProbeReply(ours.generation or "", reply.fenced or False)
 
 
 def notify(address: str, name: str, text: str, timeout: float, settings: Settings) -> None:
@@ -80,14 +104,18 @@ def notify(address: str, name: str, text: str, timeout: float, settings: Setting
 
     Raises PeerLost; TransferError when the peer refuses it.
     """
-    reply = exchange(address, Kind.NOTIFY, {"name": name, "notify_msg": text}, timeout, settings)
-    if not isinstance(reply, dict) or not reply.get("notify_msg"):
+    answer = exchange(address, Kind.NOTIFY, {"name": name, "notify_msg": text}, timeout, settings)
+    try:
+        taken = _read_notify(answer, "the reply").notify_msg
+    except MalformedRecord as error:
+        raise TransferError(f"Notify request to {address}: {error}") from error
+    if not taken:
         raise TransferError(f"Notify request to {address}: refused; the peer does not take its notifications")
 
 
 def fetch_metadata(address: str, timeout: float, settings: Settings) -> SegmentDescriptor:
     """The descriptor that a P2PHANDSHAKE node gives. Raises PeerLost; MetadataError where there is none."""
     reply = exchange(address, Kind.METADATA, {}, timeout, settings)
-    if reply is None:
+    if reply.strip() == "null":
         raise MetadataError(f"the process at {address} has a metadata server; use that, not P2PHANDSHAKE")
-    return SegmentDescriptor.from_json(dumps(reply), f"the answer of {address}")
+    return SegmentDescriptor.from_json(reply, f"the answer of {address}")

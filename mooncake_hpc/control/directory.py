@@ -7,14 +7,16 @@ With a metadata store under the original's keys, `mooncake/[<MC_METADATA_CLUSTER
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 from mooncake_hpc.address import join, split
 from mooncake_hpc.control import client
 from mooncake_hpc.control.frames import dumps
+from mooncake_hpc.decode import LONGEST_SMALL_VALUE, Name, Port, Reader
 from mooncake_hpc.errors import (
     ConfigError,
     MetadataError,
@@ -24,12 +26,13 @@ from mooncake_hpc.errors import (
     SegmentNotFound,
 )
 from mooncake_hpc.metadata.base import MetadataStore
-from mooncake_hpc.segment import OURS, SegmentDescriptor
+from mooncake_hpc.segment import OURS, Ours, SegmentDescriptor
 from mooncake_hpc.settings import Settings
 
 log = logging.getLogger(__name__)
 
 ANOTHER_NAME = "end that process, or give this one another name (--local_server_name, TransferEngine's first argument)"
+LAST_PORT = 65535
 PROBE_TIMEOUT = 1.0  # seconds for the present holder of a name to show that it lives
 
 
@@ -47,13 +50,19 @@ class RpcRecord:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> RpcRecord:
-        """Parse what anybody published. `where` names the source in the MetadataError of a bad value."""
-        try:
-            value = json.loads(text)
-            generation = (value.get(OURS) or {}).get("generation", "")
-            return cls(str(value["ip_or_host_name"]), int(value["rpc_port"]), str(generation))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MetadataError(f"{where} holds no RPC address: {error!r}") from error
+        """Parse what anybody published. `where` names the source in the MalformedRecord of a bad value."""
+        value = _read(text, where)
+        generation = value.mooncake_hpc.generation if value.mooncake_hpc else None
+        return cls(value.ip_or_host_name, value.rpc_port, generation or "")
+
+
+class _Record(Struct):
+    ip_or_host_name: Name
+    rpc_port: Port
+    mooncake_hpc: Ours | None = None
+
+
+_read = Reader(_Record, "RPC address", LONGEST_SMALL_VALUE)
 
 
 class Directory:
@@ -137,6 +146,8 @@ class Directory:
         if host and port:
             return host, port
         record = self._rpc_record(descriptor.name)
+        if not port and record.port == LAST_PORT:
+            raise MetadataError(f"segment {descriptor.name!r} tells no TCP data port, and its RPC port is the last one")
         return host or record.host, port or record.port + 1
 
     def withdraw(self) -> None:

@@ -16,6 +16,11 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+from msgspec import Raw
+
+from mooncake_hpc.decode import Reader
+from mooncake_hpc.errors import MalformedRecord
+
 LENGTH = struct.Struct("<Q")
 CHUNK = 1 << 16  # bytes asked of one recv: memory grows with what arrives, not with what a header claims
 
@@ -29,7 +34,7 @@ class Kind(IntEnum):
     PROBE = 3
 
 
-class MalformedFrame(ValueError):
+class MalformedFrame(MalformedRecord):
     """Bytes that are no frame; the connection cannot be used any further."""
 
 
@@ -40,8 +45,11 @@ class Closed(ConnectionError):
 @dataclass(frozen=True, slots=True)
 class Frame:
     kind: Kind
-    payload: Any  # the parsed JSON
+    text: str  # well-formed JSON of any kind
     old: bool = False  # came without the kind byte
+
+
+_check_json = Reader(Raw, "JSON", nul=True)
 
 
 def dumps(value: Any) -> str:
@@ -61,10 +69,11 @@ def decode(body: bytes) -> Frame:
         raise MalformedFrame("neither a frame kind nor JSON text at the start of a frame")
     old = body[0] > max(Kind)
     try:
-        payload = json.loads(body if old else body[1:])
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise MalformedFrame(f"no JSON in a frame: {error}") from error
-    return Frame(Kind.CONNECTION if old else Kind(body[0]), payload, old)
+        text = body[0 if old else 1 :].decode()
+        _check_json(text, "a frame")
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise MalformedFrame(str(error)) from error
+    return Frame(Kind.CONNECTION if old else Kind(body[0]), text, old)
 
 
 def receive(connection: socket.socket, limit: int, deadline: float) -> Frame:

@@ -12,16 +12,21 @@ import itertools
 import logging
 import secrets
 import socket
+import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, NamedTuple
+
+from msgspec import Meta, Struct
 
 from mooncake_hpc.address import bind_listener, split
 from mooncake_hpc.control import frames
 from mooncake_hpc.control.frames import Frame, Kind, dumps
-from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.decode import LONGEST_SMALL_VALUE, Reader, Text
+from mooncake_hpc.errors import ConfigError, MalformedRecord
 from mooncake_hpc.segment import OURS
 from mooncake_hpc.settings import Settings
 
@@ -30,35 +35,75 @@ log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 64
 CLIENT_TIMEOUT = 5.0  # seconds to send the request, to take the reply, to close; as the original
 MAX_FENCE_TIMEOUT = 10.0  # seconds a Probe may wait for its fence
+LONGEST_FENCE = 64  # characters
 MAX_NOTIFICATIONS, MAX_NOTIFICATION_BYTES = 65536, 64 << 20
+NOTIFICATION_LIFE_S = 3600.0
 
 
 class Notifications:
-    """What peers sent by Notify and nobody took yet. Bounded: then senders are refused. Thread-safe."""
+    """What peers sent by Notify and nobody took yet: a message is kept for NOTIFICATION_LIFE_S seconds.
+
+    Bounded in number and in bytes of memory: once it is full, senders are refused. Thread-safe.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: list[tuple[str, str]] = []
+        self._waiting: deque[_Message] = deque()
         self._size = 0
 
     def put(self, name: str, text: str) -> bool:
         """Keep the message; False when there is no room."""
-        size = len(name) + len(text)
+        now, size = time.monotonic(), sys.getsizeof(name) + sys.getsizeof(text)
         with self._lock:
+            self._expire(now)
             if len(self._waiting) >= MAX_NOTIFICATIONS or self._size + size > MAX_NOTIFICATION_BYTES:
                 return False
-            self._waiting.append((name, text))
+            self._waiting.append(_Message(name, text, size, now))
             self._size += size
             return True
 
     def take(self) -> list[tuple[str, str]]:
         """All (sender's segment name, text) that arrived since the last call, oldest first."""
         with self._lock:
-            taken, self._waiting, self._size = self._waiting, [], 0
-            return taken
+            self._expire(time.monotonic())
+            taken, self._waiting, self._size = self._waiting, deque(), 0
+        return [(message.name, message.text) for message in taken]
+
+    def _expire(self, now: float) -> None:
+        while self._waiting and now - self._waiting[0].since > NOTIFICATION_LIFE_S:
+            self._size -= self._waiting.popleft().size
 
 
-def refuse_connection(_request: Any) -> dict[str, Any]:
+class _Message(NamedTuple):
+    name: str
+    text: str
+    size: int  # bytes of memory
+    since: float  # of time.monotonic()
+
+
+class _Notify(Struct):
+    """A Notify request."""
+
+    name: Text | None = None
+    notify_msg: str | None = None
+
+    def __post_init__(self) -> None:
+        if "\0" in (self.name or ""):
+            raise ValueError("the name holds a NUL character")
+
+
+class _Probe(Struct):
+    """A Probe request. `fence` is the id of a data connection, `timeout` the seconds that its fence may take."""
+
+    fence: Annotated[str, Meta(min_length=1, max_length=LONGEST_FENCE)] | None = None
+    timeout: Annotated[float, Meta(ge=0)] = MAX_FENCE_TIMEOUT
+
+
+_read_notify = Reader(_Notify, "Notify request", nul=True)
+_read_probe = Reader(_Probe, "Probe request", LONGEST_SMALL_VALUE)
+
+
+def refuse_connection(_request: str) -> dict[str, Any]:
     """The answer of a node without RDMA to an RDMA handshake."""
     return {"reply_msg": "this node has no RDMA transport; use tcp"}
 
@@ -72,7 +117,8 @@ class Handlers:
     notify: Callable[[str, str], bool] = field(default_factory=lambda: Notifications().put)
     fence: Callable[[str, float], bool] = lambda _connection, _timeout: False
     """(data connection, seconds) -> whether nothing that came over that connection can land any more."""
-    connection: Callable[[Any], dict[str, Any]] = refuse_connection
+    connection: Callable[[str], dict[str, Any]] = refuse_connection
+    """The JSON text of an RDMA handshake -> the answer."""
 
 
 def open_rpc_listener(
@@ -169,7 +215,7 @@ class ControlServer:
                 self._answering.discard(client)
             frames.send(client, reply, time.monotonic() + CLIENT_TIMEOUT)
             _finish(client, time.monotonic() + CLIENT_TIMEOUT)
-        except (OSError, frames.MalformedFrame) as error:
+        except (OSError, MalformedRecord) as error:
             log.debug("RPC port %d: connection dropped: %s", self.port, error)
         except Exception:
             log.exception("RPC port %d: request failed", self.port)
@@ -183,25 +229,22 @@ class ControlServer:
             client.close()
 
     def _answer(self, frame: Frame) -> str:
-        handlers, request = self._handlers, frame.payload
+        handlers, where = self._handlers, "the request"
         if frame.kind is Kind.METADATA:
             return handlers.metadata()
         if frame.kind is Kind.CONNECTION:
-            return dumps(handlers.connection(request))
-        if not isinstance(request, dict):
-            raise frames.MalformedFrame(f"{frame.kind.name} request is no JSON object")
+            return dumps(handlers.connection(frame.text))
         if frame.kind is Kind.NOTIFY:
-            kept = handlers.notify(str(request.get("name", "")), str(request.get("notify_msg", "")))
+            notice = _read_notify(frame.text, where)
+            kept = handlers.notify(notice.name or "", notice.notify_msg or "")
             return dumps({"name": "", "notify_msg": "success" if kept else ""})
-        return dumps(self._probe(request))
+        return dumps(self._probe(_read_probe(frame.text, where)))
 
-    def _probe(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _probe(self, request: _Probe) -> dict[str, Any]:
         reply: dict[str, Any] = {"status": "success", OURS: {"generation": self._handlers.generation}}
-        if "fence" in request:
-            timeout = request.get("timeout", MAX_FENCE_TIMEOUT)
-            if not isinstance(timeout, int | float) or not timeout >= 0:
-                raise frames.MalformedFrame(f"Probe with the time-out {timeout!r}")
-            reply["fenced"] = self._handlers.fence(str(request["fence"]), min(timeout, MAX_FENCE_TIMEOUT))
+        if request.fence is not None:
+            timeout = min(request.timeout, MAX_FENCE_TIMEOUT)
+            reply["fenced"] = self._handlers.fence(request.fence, timeout)
         return reply
 
 

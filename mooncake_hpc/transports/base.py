@@ -80,8 +80,8 @@ class Peer(Protocol):
     def fence(self, connection: str, timeout: float) -> bool:
         """Whether nothing sent over that data connection can land any more (False: the peer cannot tell)."""
 
-    def handshake(self, request: dict[str, Any], timeout: float) -> Any:
-        """The answer of its RPC port to a Connection request. Raises PeerLost."""
+    def handshake(self, request: dict[str, Any], timeout: float) -> str:
+        """The answer of its RPC port to a Connection request, as JSON text. Raises PeerLost."""
 
 
 class Route(ABC):
@@ -135,8 +135,8 @@ class Transport(ABC):
         """Add to the descriptors of exported memory what peers need to reach it."""
         return buffers
 
-    def answer(self, request: Any) -> dict[str, Any] | None:
-        """The answer to a Connection request at our RPC port, or None where that is another transport's."""
+    def answer(self, request: str) -> dict[str, Any] | None:
+        """The answer to a Connection request, JSON text, at our RPC port, or None where that is another transport's."""
         return None
 
     @abstractmethod

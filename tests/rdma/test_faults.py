@@ -213,7 +213,7 @@ def connection(address: str, **fields: object) -> dict[str, object]:
         "local_gid": "00:00:00:00:00:00:00:00:00:00:ff:ff:0a:4d:00:01", "ready_ack": False, "reply_msg": "",
         "payload": "", **fields,
     }  # fmt: skip
-    reply = exchange(address, Kind.CONNECTION, frame, 20, Settings())
+    reply = json.loads(exchange(address, Kind.CONNECTION, frame, 20, Settings()))
     assert isinstance(reply, dict)
     return reply
 

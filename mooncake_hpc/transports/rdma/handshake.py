@@ -7,13 +7,16 @@ active side sends the request again with `ready_ack` true where the answer had t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from mooncake_hpc.errors import PeerLost
-from mooncake_hpc.segment import OURS
+from msgspec import Meta, Struct
+
+from mooncake_hpc.decode import LONGEST_SMALL_VALUE, Lid, Reader
+from mooncake_hpc.segment import GID, OURS
 
 MAX_NUMBERS = 4096
-GID_BYTES = 16
+LONGEST_PATH = 1024  # characters: two names and an @
+LONGEST_ERROR = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,31 +49,44 @@ class Hello:
         return value
 
     @classmethod
-    def from_json(cls, value: Any, where: str) -> Hello:
-        """Parse what a peer sent. Raises PeerLost that begins with `where` for anything else than a handshake."""
-        try:
-            gid = bytes.fromhex(str(value.get("local_gid") or "").replace(":", ""))
-            numbers = tuple(int(number) for number in value.get("qp_num") or ())
-            ours = value.get(OURS) or {}
-            if (
-                len(numbers) > MAX_NUMBERS
-                or any(not 0 <= n < 1 << 24 for n in numbers)
-                or len(gid) not in (0, GID_BYTES)
-            ):
-                raise ValueError(f"{len(numbers)} queue pairs, a GID of {len(gid)} bytes")
-            return cls(
-                local_path=str(value.get("local_nic_path") or ""),
-                peer_path=str(value.get("peer_nic_path") or ""),
-                numbers=numbers,
-                lid=int(value.get("local_lid") or 0) & 0xFFFF,
-                gid=gid,
-                ready=bool(value["ready_ack"]) if "ready_ack" in value else None,
-                mtu=int(ours.get("mtu") or 0),
-                error=str(value.get("reply_msg") or ""),
-            )
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise PeerLost(f"{where} is no RDMA handshake: {error}") from error
+    def from_json(cls, text: str, where: str) -> Hello:
+        """Parse what a peer sent. Raises MalformedRecord, which begins with `where`, for anything else."""
+        value = _read(text, where)
+        return cls(
+            local_path=value.local_nic_path or "",
+            peer_path=value.peer_nic_path or "",
+            numbers=value.qp_num or (),
+            lid=value.local_lid or 0,
+            gid=bytes.fromhex((value.local_gid or "").replace(":", "")),
+            ready=value.ready_ack,
+            mtu=(value.mooncake_hpc.mtu or 0) if value.mooncake_hpc else 0,
+            error=value.reply_msg or "",
+        )
 
     def ready_ack(self) -> Hello:
         """The second exchange's request."""
         return replace(self, ready=True)
+
+
+_Path = Annotated[str, Meta(max_length=LONGEST_PATH)]
+_Number = Annotated[int, Meta(ge=0, lt=1 << 24)]
+
+
+class _Ours(Struct):
+    mtu: Literal[0, 256, 512, 1024, 2048, 4096] | None = None
+
+
+class _Handshake(Struct):
+    """As sent; Mooncake before 0.3.11 leaves half of the fields out."""
+
+    local_nic_path: _Path | None = None
+    peer_nic_path: _Path | None = None
+    qp_num: Annotated[tuple[_Number, ...], Meta(max_length=MAX_NUMBERS)] | None = None
+    local_lid: Lid | None = None
+    local_gid: Annotated[str, Meta(pattern=GID)] | None = None
+    ready_ack: bool | None = None
+    mooncake_hpc: _Ours | None = None
+    reply_msg: Annotated[str, Meta(max_length=LONGEST_ERROR)] | None = None
+
+
+_read = Reader(_Handshake, "RDMA handshake", LONGEST_SMALL_VALUE)

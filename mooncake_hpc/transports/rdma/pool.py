@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mooncake_hpc.errors import DeviceError, MooncakeError, PeerLost
+from mooncake_hpc.errors import DeviceError, MalformedRecord, MooncakeError, PeerLost
 from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.settings import RdmaSettings
 from mooncake_hpc.transports.base import Peer
 from mooncake_hpc.transports.rdma.endpoint import READY_TIMEOUT, Endpoint
 from mooncake_hpc.transports.rdma.gid import Gid
-from mooncake_hpc.transports.rdma.handshake import Hello
+from mooncake_hpc.transports.rdma.handshake import LONGEST_ERROR, Hello
 from mooncake_hpc.transports.rdma.nic import Nic
 from mooncake_hpc.transports.rdma.sieve import Sieve
 
@@ -97,7 +97,7 @@ class Pool:
         where = f"the answer of {endpoint.peer_path}"
         try:
             answer = peer.handshake(endpoint.hello(False).to_json(), max(0.1, deadline - time.monotonic()))
-            reply = Hello.from_json(answer, where)
+            reply = _read(answer, where)
         except PeerLost:
             if endpoint.connected and endpoint.ready.wait(1.0):
                 return None
@@ -111,19 +111,19 @@ class Pool:
     def _confirm(self, endpoint: Endpoint, peer: Peer, deadline: float) -> None:
         request = endpoint.hello(None).ready_ack().to_json()
         answer = peer.handshake(request, max(0.1, deadline - time.monotonic()))
-        reply = Hello.from_json(answer, f"the confirmation of {endpoint.peer_path}")
+        reply = _read(answer, f"the confirmation of {endpoint.peer_path}")
         if reply.error:
             raise PeerLost(f"{endpoint.peer_path} does not confirm the connection: {reply.error}")
 
     # --- passive --------------------------------------------------------------------------------------------
 
-    def answer(self, request: Any) -> dict[str, Any]:
+    def answer(self, request: str) -> dict[str, Any]:
         """The reply to a peer's request; a refusal says why."""
         try:
             return self._answer(Hello.from_json(request, "the request")).to_json()
         except Exception as error:
             log.info("RDMA handshake refused: %s", error, exc_info=not isinstance(error, MooncakeError))
-            return Hello("", "", (), error=str(error)).to_json()
+            return Hello("", "", (), error=str(error)[:LONGEST_ERROR]).to_json()
 
     def _answer(self, request: Hello) -> Hello:
         nic = next((nic for nic in self._nics if request.peer_path == f"{self.server}@{nic.name}"), None)
@@ -225,6 +225,14 @@ class Pool:
         for endpoint in endpoints:
             endpoint.lost = None
             self.discard(endpoint)
+
+
+def _read(answer: str, where: str) -> Hello:
+    """What a peer answered. Raises PeerLost for anything else than a handshake."""
+    try:
+        return Hello.from_json(answer, where)
+    except MalformedRecord as error:
+        raise PeerLost(str(error)) from error
 
 
 def _used(endpoint: Endpoint) -> bool:

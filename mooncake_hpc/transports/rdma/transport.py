@@ -85,7 +85,7 @@ class RdmaTransport(Transport):
         self._lanes.add(lane)
         return RdmaRoute(lane, keys, self._regions, self._settings)
 
-    def answer(self, request: Any) -> dict[str, Any]:
+    def answer(self, request: str) -> dict[str, Any]:
         return self.pool.answer(request)
 
     def close(self) -> None:
