@@ -1,0 +1,1 @@
+"""Fuzzers of everything that takes bytes or texts from outside: see `run.py`."""
