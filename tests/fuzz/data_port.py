@@ -42,7 +42,9 @@ BUFFERS = (
     (22 * PAGE + 1, 22 * PAGE + 2, 0),
 )
 OPEN = tuple((begin, end, kind) for begin, end, kind in BUFFERS if kind != HIDDEN)
-MOST = 96 << 10  # bytes each way of a connection: what the socket buffers take, so that neither side waits for the other
+MOST = (
+    96 << 10
+)  # bytes each way of a connection: what the socket buffers take, so that neither side waits for the other
 LENGTHS = (1, 1, 2, 3, 7, 8, 8, 9, 23, 24, 25, 63, 64, 65, 255, 256, 1000, 1001, 2048, 4095, 4096, 4097, 8192, 16384)
 
 
@@ -109,7 +111,13 @@ class DataPort(Target):
                 size &= 63
             size = min(size, end - begin) or 1
             place = random()
-            at = begin if place < 0.2 else end - size if place < 0.4 else begin + int(random() * (end - begin - size + 1))
+            at = (
+                begin
+                if place < 0.2
+                else end - size
+                if place < 0.4
+                else begin + int(random() * (end - begin - size + 1))
+            )
             writing = kind == 0 and random() < 0.5
             opcode = (0x80 if random() < 0.8 else 0) | writing
             if writing:
@@ -218,7 +226,9 @@ class DataPort(Target):
             begin, end = int(wrong[0]), int(wrong[-1]) + 1
             where = [f"{b:#x}-{e:#x}" for b, e, _ in BUFFERS if begin < e and b < end]
             self._model[:] = self._memory.tobytes()
-            raise Finding(f"memory differs at {begin:#x} to {end:#x} of {PAGES * PAGE:#x}, buffers there: {where or 'none'}")
+            raise Finding(
+                f"memory differs at {begin:#x} to {end:#x} of {PAGES * PAGE:#x}, buffers there: {where or 'none'}"
+            )
 
     # --- the target as others see it ------------------------------------------------------------------------
 

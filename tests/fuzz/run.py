@@ -151,7 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"  {result.found}\n  smallest input: {result.file}\n  again: launch/fuzz --replay {result.file}")
         results.append(result)
     failed = [result.name for result in results if result.found]
-    print(f"{sum(r.frames for r in results):,} inputs, seed {seed}: {'FAILED: ' + ', '.join(failed) if failed else 'OK'}")
+    print(
+        f"{sum(r.frames for r in results):,} inputs, seed {seed}: {'FAILED: ' + ', '.join(failed) if failed else 'OK'}"
+    )
     return 1 if failed else 0
 
 

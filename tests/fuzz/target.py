@@ -100,7 +100,9 @@ class Node:
     def resources(self) -> dict[str, int]:
         """Descriptors, threads, and resident KiB."""
         status = Path(f"/proc/{self.pid}/status").read_text()
-        words = {line.split(":")[0]: line.split()[1] for line in status.splitlines() if ":" in line and line.split()[1:]}
+        words = {
+            line.split(":")[0]: line.split()[1] for line in status.splitlines() if ":" in line and line.split()[1:]
+        }
         return {
             "descriptors": len(os.listdir(f"/proc/{self.pid}/fd")),
             "threads": int(words["Threads"]),
@@ -162,7 +164,9 @@ class Target(ABC):
         if self.settled is None:  # the first cases have filled its pools
             self.settled = now
         deadline = time.monotonic() + 8.0
-        while grown := {k: (self.settled[k], now[k]) for k, most in self.most.items() if now[k] > self.settled[k] + most}:
+        while grown := {
+            k: (self.settled[k], now[k]) for k, most in self.most.items() if now[k] > self.settled[k] + most
+        }:
             if time.monotonic() > deadline:
                 raise Finding(f"the target has grown (before, now): {grown}")
             time.sleep(0.2)
