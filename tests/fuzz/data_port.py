@@ -98,7 +98,6 @@ class DataPort(Target):
     def generate(self, chance: Random) -> Case:
         """One connection: frames that are served, behind one another, and mostly one at the end that is not."""
         count = chance.choice((0, 1, 2, 5, 20, 60, 200, 400, 1000))
-        begins, ends, opcodes = [], [], []
         shortest = chance.random() < 0.7
         frames: list[bytes] = []
         sent = got = 0
@@ -252,7 +251,7 @@ class DataPort(Target):
                 self._engine.read(self._local[: end - begin], segment, BASE + begin, timeout=20)
                 if self._local[: end - begin].tobytes() != self._model[begin:end]:
                     raise Finding("a client of the product read wrong bytes")
-            self._local[:PAGE] = np.frombuffer(os.urandom(PAGE), np.uint8)
+            self._local[:PAGE] = np.frombuffer(Random(self.frames).randbytes(PAGE), np.uint8)
             self._engine.write(self._local[:PAGE], segment, BASE + 3 * PAGE, timeout=20)
             self._model[3 * PAGE : 4 * PAGE] = self._local[:PAGE].tobytes()
         except MooncakeError as error:

@@ -1,4 +1,4 @@
-"""The fuzzed side, a process of its own: `python -m fuzz.node KIND [FD…]`, driven by JSON lines over its standard input.
+"""The fuzzed side, a process of its own: `python -m fuzz.node KIND [FD…]`, driven by JSON lines on its standard input.
 
 It says one line once it is up, and answers each `[command, argument…]` with `{"result": …}` or `{"error": …}`.
 """

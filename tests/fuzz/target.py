@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 TESTS = Path(__file__).resolve().parent.parent
 
@@ -30,7 +30,7 @@ class Node:
     """A Python process that runs `fuzz.node KIND`, asked by JSON lines."""
 
     def __init__(self, kind: str, pass_fds: Sequence[int] = ()) -> None:
-        self._log = tempfile.TemporaryFile("w+b")
+        self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115
         self._seen = 0
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("MC_", "MOONCAKE_HPC_"))}
         self.process = subprocess.Popen(
@@ -123,7 +123,7 @@ class Target(ABC):
 
     name: str
     unit = "frames"
-    most = {"descriptors": 64, "threads": 64, "rss_kib": 128 << 10}
+    most: ClassVar[dict[str, int]] = {"descriptors": 64, "threads": 64, "rss_kib": 128 << 10}
     """By how much a node may grow, however long the run."""
 
     def __init__(self) -> None:
@@ -151,6 +151,7 @@ class Target(ABC):
     def run(self, case: Case) -> None:
         """Give it to the node and compare. Raises Finding."""
 
+    @abstractmethod
     def serve_check(self) -> None:
         """Raises Finding where a client that does nothing wrong is not served."""
 

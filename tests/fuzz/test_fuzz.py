@@ -1,4 +1,4 @@
-"""Each fuzzer for a few seconds, from a seed that stays; longer runs are `launch/fuzz`'s. And that fuzzers find things."""
+"""Each fuzzer for a few seconds, from a seed that stays (longer: `launch/fuzz`); and that fuzzers find things."""
 
 from __future__ import annotations
 
@@ -34,6 +34,9 @@ class Brittle(Target):
         return None  # type: ignore[return-value]
 
     def check(self) -> None:
+        pass
+
+    def serve_check(self) -> None:
         pass
 
     def generate(self, chance: Random) -> Case:
