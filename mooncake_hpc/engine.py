@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mooncake_hpc.address import P2PHANDSHAKE, bind_listener, published_address
+from mooncake_hpc.authentication import Authentication, Reason
 from mooncake_hpc.batch import Batch
-from mooncake_hpc.control import client
 from mooncake_hpc.control.directory import Directory
 from mooncake_hpc.control.server import (
     ControlServer,
@@ -24,7 +24,7 @@ from mooncake_hpc.control.server import (
     open_rpc_listener,
     refuse_connection,
 )
-from mooncake_hpc.errors import AddressRejected, MooncakeError, PeerLost, RegistrationError
+from mooncake_hpc.errors import AddressRejected, AuthenticationError, MooncakeError, PeerLost, RegistrationError
 from mooncake_hpc.kernels import ranges, slicer
 from mooncake_hpc.kernels.compiled import compile_ahead
 from mooncake_hpc.memory import MemoryFile, describe
@@ -51,7 +51,7 @@ class TransferEngine:
     devices are named or `auto_discovery` finds some, else tcp. `device_name` (`a,b`) and the file
     `nic_priority_matrix` choose the RDMA devices; without either all that are usable are found. The published
     address is `bind_address`, else by the rules of `address.published_address`; listeners bind only that unless
-    `bind_all`: the data port has no authentication.
+    `bind_all`. Peers prove that they know the content of the settings' `secret_file`, if there is one.
 
     Raises ConfigError, DeviceError, MetadataUnavailable, NameInUse.
     """
@@ -97,26 +97,34 @@ class TransferEngine:
         devices: DeviceChoice,
     ) -> None:
         settings = self._settings
+        self._authentication = Authentication.load(settings.secret_file, settings.allow_unauthenticated)
         spec = metadata if isinstance(metadata, str) else metadata.spec
         store = self._open_store(metadata)
         host = host or published_address(name, spec, settings)
         listener = bind_listener(host, [0], bind_all)
         compile_ahead(slicer.submit, slicer.reset, slicer.cut, slicer.assign)
-        self._transports = make_transports(protocol, listener, host, settings, devices)
+        self._transports = make_transports(protocol, listener, host, settings, devices, self._authentication)
         self._closers += [transport.close for transport in self._transports]
         rpc = open_rpc_listener(name, host, settings, peer_to_peer=store is None, bind_all=bind_all)
         generation = secrets.token_hex(8)
         self._directory = Directory(
-            name, store, settings, generation=generation, rpc_host=host, rpc_port=rpc.getsockname()[1]
+            name,
+            store,
+            settings,
+            generation=generation,
+            rpc_host=host,
+            rpc_port=rpc.getsockname()[1],
+            authentication=self._authentication,
         )
         self.name = self._directory.name
+        self._authentication.name, self._authentication.generation = self.name, generation
         self._own = SegmentDescriptor(self.name, generation=generation)
         for transport in self._transports:
             transport.start(self.name, self._republish, self._directory.lookup)
         handlers = Handlers(
             generation, self._directory.metadata_reply, self._notifications.put, self._fence, self._answer
         )
-        control = ControlServer(rpc, handlers, settings)
+        control = ControlServer(rpc, handlers, settings, self._authentication)
         self._closers.append(control.stop)
         self._closers.append(self._directory.withdraw)
         self._publish(())
@@ -256,7 +264,7 @@ class TransferEngine:
                 if not known.replaced():
                     return known
                 known.close()
-            segment = Segment(len(self._segments), name, self._directory, self._settings)
+            segment = Segment(len(self._segments), name, self._directory, self._settings, self._authentication)
             segment.connect(self._transports)
             self._segments[segment.id] = segment
             self._by_name[name] = segment
@@ -339,10 +347,15 @@ class TransferEngine:
     def probe(self, name: str, timeout: float = 1.0) -> bool:
         """Whether the process behind the segment `name` answers within `timeout` seconds.
 
-        Raises SegmentNotFound, MetadataUnavailable.
+        Raises SegmentNotFound, MetadataUnavailable, and AuthenticationError where one answers that we have no common
+        secret with.
         """
         try:
-            client.probe(self._directory.rpc_address(name), timeout, self._settings)
+            self._directory.probe(name, timeout)
+        except AuthenticationError as error:
+            if error.reason != Reason.ANOTHER_PROCESS:
+                raise
+            return False
         except PeerLost:
             return False
         return True

@@ -20,6 +20,7 @@ MooncakeError
 └── TransferError
     ├── AddressRejected (ValueError)  an address outside the peer's (or our own) registered buffers
     ├── PeerLost (ConnectionError)    the peer died, restarted or cannot be reached
+    │   └── AuthenticationError (PermissionError)   the peer or we have no secret, or another one
     ├── TransferTimeout (TimeoutError)
     └── TransferCancelled
 """
@@ -112,6 +113,17 @@ class AddressRejected(TransferError, ValueError):
 
 class PeerLost(TransferError, ConnectionError):
     """The peer died, restarted or cannot be reached."""
+
+
+class AuthenticationError(PeerLost, PermissionError):
+    """The peer does not prove that it knows our secret, or wants a proof that we cannot give; the text says what to do.
+
+    `reason` is an `authentication.Reason`, or "" where a batch failed of it.
+    """
+
+    def __init__(self, text: str, reason: str = "") -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 class TransferTimeout(TransferError, TimeoutError):

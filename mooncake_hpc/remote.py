@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mooncake_hpc.authentication import Authentication, Expected
 from mooncake_hpc.control import client
 from mooncake_hpc.control.directory import Directory
 from mooncake_hpc.control.frames import Kind
-from mooncake_hpc.errors import MetadataError, MetadataUnavailable, PeerLost, SegmentNotFound
+from mooncake_hpc.errors import AuthenticationError, MetadataError, MetadataUnavailable, PeerLost, SegmentNotFound
 from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.transports.base import Route, Transport
@@ -23,12 +24,20 @@ PROBE_TIMEOUT = 2.0  # seconds for a peer to say that it still is the same proce
 class Segment:
     """What `TransferEngine.open_segment` returns. `id` is the `target_id` of requests to it."""
 
-    def __init__(self, number: int, name: str, directory: Directory, settings: Settings) -> None:
+    def __init__(
+        self,
+        number: int,
+        name: str,
+        directory: Directory,
+        settings: Settings,
+        authentication: Authentication | None = None,
+    ) -> None:
         self.id = number
         self.name = name
         self.routes: list[Route] = []
         self._directory = directory
         self._settings = settings
+        self._authentication = authentication or Authentication()
         self._lock = threading.Lock()
         self._descriptor = directory.lookup(name)
         self._rpc_address = directory.rpc_address(name)
@@ -36,11 +45,18 @@ class Segment:
 
     def connect(self, transports: Sequence[Transport]) -> None:
         """Make a route of each transport that the peer offers, the best first. Raises PeerLost if there is none."""
+        refused: AuthenticationError | None = None
         for transport in transports:
-            route = transport.connect(self)
+            try:
+                route = transport.connect(self)
+            except AuthenticationError as error:  # elsewhere the peer's address may be allowed to do without
+                refused = error
+                continue
             if route is not None:
                 self.routes.append(route)
         if not self.routes:
+            if refused is not None:
+                raise refused
             names = ", ".join(transport.name for transport in transports)
             spoken = self._descriptor.spoken
             raise PeerLost(f"segment {self.name!r} cannot be reached by {names}: it speaks {spoken}")
@@ -62,6 +78,11 @@ class Segment:
     def endpoint(self) -> tuple[str, int]:
         return self._endpoint
 
+    @property
+    def expected(self) -> Expected:
+        """Who has to prove to be the peer."""
+        return self._authentication.expect(self._descriptor.name, self._descriptor.generation)
+
     def refresh(self) -> SegmentDescriptor:
         """Read the descriptor again. Raises PeerLost when its process was replaced or is gone."""
         with self._lock:
@@ -81,13 +102,13 @@ class Segment:
         return newest
 
     def fence(self, connection: str, timeout: float) -> bool:
-        reply = client.probe(self._rpc_address, timeout + 1.0, self._settings, connection, timeout)
+        reply = client.probe(self._rpc_address, timeout + 1.0, self._settings, connection, timeout, self.expected)
         if reply.generation != self._descriptor.generation:
             raise PeerLost(f"segment {self.name!r}: another process answers at {self._rpc_address}")
         return reply.fenced
 
     def handshake(self, request: dict[str, Any], timeout: float) -> str:
-        return client.exchange(self._rpc_address, Kind.CONNECTION, request, timeout, self._settings)
+        return client.exchange(self._rpc_address, Kind.CONNECTION, request, timeout, self._settings, self.expected)
 
     def replaced(self) -> bool:
         """Whether the name now belongs to another process, or to none."""
@@ -100,7 +121,8 @@ class Segment:
 
     def notify(self, sender: str, text: str) -> None:
         """Hand it a text. Raises PeerLost, TransferError."""
-        client.notify(self._rpc_address, sender, text, self._settings.metadata_timeout, self._settings)
+        timeout = self._settings.metadata_timeout
+        client.notify(self._rpc_address, sender, text, timeout, self._settings, self.expected)
 
     def mapped(self, address: int, nbytes: int) -> npt.NDArray[np.uint8] | None:
         """These bytes of the peer's memory in place, read-only: what it writes is seen. None where this process cannot
@@ -117,6 +139,6 @@ class Segment:
 
     def _probe_same(self) -> None:
         """Without a metadata store, the peer itself says whether it is the same process."""
-        reply = client.probe(self._rpc_address, PROBE_TIMEOUT, self._settings)
+        reply = client.probe(self._rpc_address, PROBE_TIMEOUT, self._settings, expected=self.expected)
         if reply.generation != self._descriptor.generation:
             raise PeerLost(f"segment {self.name!r}: another process answers at {self._rpc_address}")

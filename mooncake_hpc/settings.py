@@ -65,6 +65,8 @@ class Settings:
     etcd_cert: str = ""  # MOONCAKE_HPC_ETCD_CERT: PEM file of the client certificate
     etcd_key: str = ""  # MOONCAKE_HPC_ETCD_KEY: PEM file of its key
     etcd_binary: str = ""  # ETCD_BIN: the etcd to embed
+    secret_file: str = ""  # MOONCAKE_HPC_SECRET_FILE: peers prove that they know what it holds
+    allow_unauthenticated: str = ""  # MOONCAKE_HPC_ALLOW_UNAUTHENTICATED: addresses of peers that need not
     force_tcp: bool = False  # MC_FORCE_TCP: automatic choice never takes RDMA
     force_rdma: bool = False  # MC_FORCE_HCA: automatic choice takes RDMA or fails
     rdma: RdmaSettings = field(default_factory=RdmaSettings)
@@ -97,6 +99,8 @@ class Settings:
             etcd_cert=read.text("MOONCAKE_HPC_ETCD_CERT"),
             etcd_key=read.text("MOONCAKE_HPC_ETCD_KEY"),
             etcd_binary=read.text("ETCD_BIN"),
+            secret_file=read.text("MOONCAKE_HPC_SECRET_FILE"),
+            allow_unauthenticated=read.text("MOONCAKE_HPC_ALLOW_UNAUTHENTICATED"),
             force_tcp=read.boolean("MC_FORCE_TCP"),
             force_rdma=read.boolean("MC_FORCE_HCA"),
             rdma=_rdma(read),

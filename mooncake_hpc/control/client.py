@@ -9,10 +9,18 @@ from typing import Any
 from msgspec import Struct
 
 from mooncake_hpc.address import dial, split
-from mooncake_hpc.control import frames
+from mooncake_hpc.authentication import Authentication, Expected, Reason
+from mooncake_hpc.control import frames, proofs
 from mooncake_hpc.control.frames import Kind, dumps
 from mooncake_hpc.decode import LONGEST_SMALL_VALUE, Reader, Text
-from mooncake_hpc.errors import ConfigError, MalformedRecord, MetadataError, PeerLost, TransferError
+from mooncake_hpc.errors import (
+    AuthenticationError,
+    ConfigError,
+    MalformedRecord,
+    MetadataError,
+    PeerLost,
+    TransferError,
+)
 from mooncake_hpc.segment import Ours, SegmentDescriptor
 from mooncake_hpc.settings import Settings
 
@@ -47,28 +55,29 @@ class ProbeReply:
     fenced: bool  # nothing of the connection asked about can land any more
 
 
-def exchange(address: str, kind: Kind, payload: Any, timeout: float, settings: Settings) -> str:
+ANYBODY = Expected(Authentication())
+
+
+def exchange(
+    address: str, kind: Kind, payload: Any, timeout: float, settings: Settings, expected: Expected = ANYBODY
+) -> str:
     """Send one frame to `address` (`host:port`) and return the reply's JSON text, within `timeout` seconds.
 
-    Connecting takes at most MC_HANDSHAKE_CONNECT_TIMEOUT of it. Raises PeerLost; ConfigError for a malformed
-    address, and for a frame above MC_HANDSHAKE_MAX_LENGTH.
+    Connecting takes at most MC_HANDSHAKE_CONNECT_TIMEOUT of it. `expected` has to be there, and proves it where its
+    authentication requires that. Raises PeerLost, of its kind AuthenticationError; ConfigError for a malformed address,
+    and for a frame above MC_HANDSHAKE_MAX_LENGTH.
     """
     what = f"{kind.name.capitalize()} request to {address}"
-    frame = frames.encode(kind, dumps(payload))
-    if len(frame) - frames.LENGTH.size > settings.handshake_max_length:
+    request = frames.encode_body(kind, dumps(payload))
+    if len(request) > settings.handshake_max_length:
         limit = f"MC_HANDSHAKE_MAX_LENGTH={settings.handshake_max_length}"
-        raise ConfigError(f"{what}: a frame of {len(frame)} bytes is above {limit}, which its receiver has as well")
+        raise ConfigError(f"{what}: a frame of {len(request)} bytes is above {limit}, which its receiver has as well")
     deadline = time.monotonic() + timeout
-    connected_by = min(deadline, time.monotonic() + settings.handshake_connect_timeout)
-    host, port = split(address, settings.handshake_port)
     try:
-        connection = dial(host, port, connected_by)
-    except OSError as error:
-        raise PeerLost(f"{what}: cannot connect: {error.strerror or error}") from error
-    try:
-        with connection:
-            frames.send(connection, frame, deadline)
-            reply = frames.receive(connection, settings.handshake_max_length, deadline)
+        body = _ask(address, request, deadline, settings, expected, what)
+        reply = frames.decode(body)
+    except (PeerLost, ConfigError):
+        raise
     except TimeoutError as error:
         raise Unanswered(f"{what}: no answer within {timeout:g} s") from error
     except frames.MalformedFrame as error:
@@ -81,14 +90,47 @@ def exchange(address: str, kind: Kind, payload: Any, timeout: float, settings: S
     return reply.text
 
 
-def probe(address: str, timeout: float, settings: Settings, fence: str = "", fence_timeout: float = 0.0) -> ProbeReply:
+def _ask(address: str, request: bytes, deadline: float, settings: Settings, expected: Expected, what: str) -> bytes:
+    """The body of the reply, proved where that is required of the peer at this address."""
+    host, port = split(address, settings.handshake_port)
+    limit = settings.handshake_max_length
+    proving = expected.authentication.required
+    while True:
+        connected_by = min(deadline, time.monotonic() + settings.handshake_connect_timeout)
+        try:
+            connection = dial(host, port, connected_by)
+        except OSError as error:
+            raise PeerLost(f"{what}: cannot connect: {error.strerror or error}") from error
+        with connection:
+            if not proving:
+                frames.send(connection, frames.pack(request), deadline)
+                body = frames.receive_body(connection, limit, deadline)
+                proofs.check_plain(body, expected.at(address))
+                return body
+            allowed = expected.authentication.allows(connection.getpeername()[0])
+            try:
+                return proofs.ask(connection, request, expected, address, limit, deadline)
+            except AuthenticationError as error:
+                if error.reason != Reason.NO_SECRET_THERE or not allowed:
+                    raise
+                proving = False
+
+
+def probe(
+    address: str,
+    timeout: float,
+    settings: Settings,
+    fence: str = "",
+    fence_timeout: float = 0.0,
+    expected: Expected = ANYBODY,
+) -> ProbeReply:
     """Ask whether a process lives at `address`. Raises PeerLost when nobody answers.
 
     With `fence`, also ask it to fence that data connection within `fence_timeout` seconds; the original
     ignores this, and `fenced` is False then.
     """
     request: dict[str, Any] = {"fence": fence, "timeout": fence_timeout} if fence else {}
-    text = exchange(address, Kind.PROBE, request, timeout, settings)
+    text = exchange(address, Kind.PROBE, request, timeout, settings, expected)
     try:
         reply = _read_probe(text, "the reply")
     except MalformedRecord as error:
@@ -99,12 +141,14 @@ def probe(address: str, timeout: float, settings: Settings, fence: str = "", fen
     return ProbeReply(ours.generation or "", reply.fenced or False)
 
 
-def notify(address: str, name: str, text: str, timeout: float, settings: Settings) -> None:
+def notify(
+    address: str, name: str, text: str, timeout: float, settings: Settings, expected: Expected = ANYBODY
+) -> None:
     """Hand `text` from the segment `name` to the process at `address`.
 
     Raises PeerLost; TransferError when the peer refuses it.
     """
-    answer = exchange(address, Kind.NOTIFY, {"name": name, "notify_msg": text}, timeout, settings)
+    answer = exchange(address, Kind.NOTIFY, {"name": name, "notify_msg": text}, timeout, settings, expected)
     try:
         taken = _read_notify(answer, "the reply").notify_msg
     except MalformedRecord as error:
@@ -113,9 +157,9 @@ def notify(address: str, name: str, text: str, timeout: float, settings: Setting
         raise TransferError(f"Notify request to {address}: refused; the peer does not take its notifications")
 
 
-def fetch_metadata(address: str, timeout: float, settings: Settings) -> SegmentDescriptor:
+def fetch_metadata(address: str, timeout: float, settings: Settings, expected: Expected = ANYBODY) -> SegmentDescriptor:
     """The descriptor that a P2PHANDSHAKE node gives. Raises PeerLost; MetadataError where there is none."""
-    reply = exchange(address, Kind.METADATA, {}, timeout, settings)
+    reply = exchange(address, Kind.METADATA, {}, timeout, settings, expected)
     if reply.strip() == "null":
         raise MetadataError(f"the process at {address} has a metadata server; use that, not P2PHANDSHAKE")
     return SegmentDescriptor.from_json(reply, f"the answer of {address}")

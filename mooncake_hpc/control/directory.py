@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from msgspec import Struct
 
 from mooncake_hpc.address import join, split
+from mooncake_hpc.authentication import Authentication, Reason
 from mooncake_hpc.control import client
 from mooncake_hpc.control.frames import dumps
 from mooncake_hpc.decode import LONGEST_SMALL_VALUE, Name, Port, Reader
 from mooncake_hpc.errors import (
+    AuthenticationError,
     ConfigError,
     MetadataError,
     MetadataUnavailable,
@@ -82,12 +84,14 @@ class Directory:
         generation: str,
         rpc_host: str,
         rpc_port: int,
+        authentication: Authentication | None = None,
     ) -> None:
         self.name = name.removeprefix("/") if store is not None else join(rpc_host, rpc_port)
         if not self.name:
             raise ConfigError("the local server name is empty")
         self._store = store
         self._settings = settings
+        self._authentication = authentication or Authentication()
         self._own = RpcRecord(rpc_host, rpc_port, generation)
         cluster = settings.metadata_cluster_id
         self._prefix = "mooncake/" + (cluster if not cluster or cluster.endswith("/") else cluster + "/")
@@ -119,12 +123,16 @@ class Directory:
     def lookup(self, name: str) -> SegmentDescriptor:
         """The present descriptor of a segment, never from a cache.
 
-        Raises SegmentNotFound, MetadataUnavailable, or MetadataError for a malformed value.
+        Raises SegmentNotFound, MetadataUnavailable, or MetadataError for a malformed value. Without a store the segment
+        itself is asked: AuthenticationError.
         """
         name = name.removeprefix("/")
         if self._store is None:
             try:
-                return client.fetch_metadata(name, self._settings.metadata_timeout, self._settings)
+                anybody = self._authentication.expect()
+                return client.fetch_metadata(name, self._settings.metadata_timeout, self._settings, anybody)
+            except AuthenticationError:
+                raise
             except PeerLost as error:
                 raise SegmentNotFound(f"no segment {name!r} (P2PHANDSHAKE): {error}") from error
         key = self._segment_key(name)
@@ -137,6 +145,11 @@ class Directory:
         """`host:port` of a segment's RPC port. Raises as `lookup`."""
         record = self._rpc_record(name.removeprefix("/"))
         return join(record.host, record.port)
+
+    def probe(self, name: str, timeout: float) -> client.ProbeReply:
+        """Ask the process behind a segment whether it lives. Raises PeerLost, and as `lookup`."""
+        record = self._rpc_record(name.removeprefix("/"))
+        return self._probe(name.removeprefix("/"), record, timeout)
 
     def data_endpoint(self, descriptor: SegmentDescriptor) -> tuple[str, int]:
         """Host and port of a segment's TCP data port, also where an old version of the original did not
@@ -176,7 +189,13 @@ class Directory:
         try:
             holder = self._rpc_record(self.name)
             address = join(holder.host, holder.port)
-            reply = client.probe(address, PROBE_TIMEOUT, self._settings)
+            reply = self._probe(self.name, holder, PROBE_TIMEOUT)
+        except AuthenticationError as error:
+            if error.reason == Reason.ANOTHER_PROCESS:  # as below
+                return
+            raise NameInUse(
+                f"segment name {self.name!r} belongs to a living process: {ANOTHER_NAME}: {error}"
+            ) from error
         except client.Unanswered as error:
             raise NameInUse(
                 f"segment name {self.name!r}: its holder accepts connections but is silent: {ANOTHER_NAME}: {error}"
@@ -191,6 +210,10 @@ class Directory:
         # any other generation is a process that was given the dead holder's port
         if reply.generation == holder.generation != self._own.generation:
             raise NameInUse(f"segment name {self.name!r} belongs to a living process at {address}: {ANOTHER_NAME}")
+
+    def _probe(self, name: str, record: RpcRecord, timeout: float) -> client.ProbeReply:
+        expected = self._authentication.expect(name, record.generation)
+        return client.probe(join(record.host, record.port), timeout, self._settings, expected=expected)
 
     def _check_lost(self, store: MetadataStore) -> None:
         if lost := store.lost & {self._segment_key(self.name), self._rpc_key(self.name)}:

@@ -1,9 +1,9 @@
 """Frames of the original's RPC port: `u64 length` (little-endian), `u8 kind`, JSON text; the length counts
 kind and text.
 
-The old protocol has no kind byte: where the first byte after the length is above every kind (JSON text
-starts with `{`), the frame is a Connection, and its reply has no kind byte either. A length of 0 or above the
-limit, a first byte of 0x80 or more, and malformed JSON end the connection without a reply.
+The old protocol has no kind byte: where JSON text begins right after the length, the frame is a Connection, and its
+reply has no kind byte either. Any other first byte that is no kind, a length of 0 or above the limit, and malformed
+JSON end the connection without a reply. Bytes from 0x80 on begin no JSON text: one of them is of `proofs`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mooncake_hpc.decode import Reader
 from mooncake_hpc.errors import MalformedRecord
 
 LENGTH = struct.Struct("<Q")
+JSON_BEGINS = b'{["-0123456789tfn \t\r\n'  # RFC 8259: no frame kind is among these bytes
 CHUNK = 1 << 16  # bytes asked of one recv: memory grows with what arrives, not with what a header claims
 
 
@@ -32,6 +33,9 @@ class Kind(IntEnum):
     METADATA = 1  # the receiver's segment descriptor
     NOTIFY = 2
     PROBE = 3
+
+
+KINDS = frozenset(Kind)
 
 
 class MalformedFrame(MalformedRecord):
@@ -59,15 +63,24 @@ def dumps(value: Any) -> str:
 
 def encode(kind: Kind, text: str, old: bool = False) -> bytes:
     """The frame that carries the JSON `text`; `old` leaves the kind byte out."""
-    body = (b"" if old else bytes([kind])) + text.encode()
+    return pack(encode_body(kind, text, old))
+
+
+def encode_body(kind: Kind, text: str, old: bool = False) -> bytes:
+    """As `encode`, without the length."""
+    return (b"" if old else bytes([kind])) + text.encode()
+
+
+def pack(body: bytes) -> bytes:
+    """The frame of a body."""
     return LENGTH.pack(len(body)) + body
 
 
 def decode(body: bytes) -> Frame:
     """The frame whose length was already taken off. Raises MalformedFrame."""
-    if not body or body[0] >= 0x80:
+    old = body[:1] in JSON_BEGINS
+    if not body or not (old or body[0] in KINDS):
         raise MalformedFrame("neither a frame kind nor JSON text at the start of a frame")
-    old = body[0] > max(Kind)
     try:
         text = body[0 if old else 1 :].decode()
         _check_json(text, "a frame")
@@ -81,10 +94,25 @@ def receive(connection: socket.socket, limit: int, deadline: float) -> Frame:
 
     Raises MalformedFrame, Closed, TimeoutError, or OSError as the socket reports it.
     """
+    return decode(receive_body(connection, limit, deadline))
+
+
+def receive_body(connection: socket.socket, limit: int, deadline: float) -> bytes:
+    """As `receive`, the frame's bytes after its length."""
+    return receive_rest(connection, *receive_head(connection, limit, deadline), deadline)
+
+
+def receive_head(connection: socket.socket, limit: int, deadline: float) -> tuple[int, int]:
+    """The next frame's length, and its first byte, which says what it is before the rest takes any memory."""
     (length,) = LENGTH.unpack(_read(connection, LENGTH.size, deadline))
     if not 0 < length <= limit:
         raise MalformedFrame(f"frame length {length} is outside 1 to {limit} (MC_HANDSHAKE_MAX_LENGTH)")
-    return decode(_read(connection, length, deadline))
+    return length, _read(connection, 1, deadline)[0]
+
+
+def receive_rest(connection: socket.socket, length: int, first: int, deadline: float) -> bytes:
+    """The body of the frame whose head was received."""
+    return bytes([first]) + _read(connection, length - 1, deadline)
 
 
 def send(connection: socket.socket, data: bytes, deadline: float) -> None:

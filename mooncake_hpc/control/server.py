@@ -23,7 +23,8 @@ from typing import Annotated, Any, NamedTuple
 from msgspec import Meta, Struct
 
 from mooncake_hpc.address import bind_listener, split
-from mooncake_hpc.control import frames
+from mooncake_hpc.authentication import Authentication
+from mooncake_hpc.control import frames, proofs
 from mooncake_hpc.control.frames import Frame, Kind, dumps
 from mooncake_hpc.decode import LONGEST_SMALL_VALUE, Reader, Text
 from mooncake_hpc.errors import ConfigError, MalformedRecord
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 64
 CLIENT_TIMEOUT = 5.0  # seconds to send the request, to take the reply, to close; as the original
+WARNING_INTERVAL = 5.0  # seconds between two warnings of refused clients
 MAX_FENCE_TIMEOUT = 10.0  # seconds a Probe may wait for its fence
 LONGEST_FENCE = 64  # characters
 MAX_NOTIFICATIONS, MAX_NOTIFICATION_BYTES = 65536, 64 << 20
@@ -143,10 +145,18 @@ def open_rpc_listener(
 class ControlServer:
     """Owns `listener` and its threads until `stop`."""
 
-    def __init__(self, listener: socket.socket, handlers: Handlers, settings: Settings) -> None:
+    def __init__(
+        self,
+        listener: socket.socket,
+        handlers: Handlers,
+        settings: Settings,
+        authentication: Authentication | None = None,
+    ) -> None:
         self._listener = listener
+        self._authentication = authentication or Authentication()
         self._handlers = handlers
         self._limit = settings.handshake_max_length
+        self._warned = -WARNING_INTERVAL
         self._lock = threading.Lock()
         self._clients: dict[socket.socket, threading.Thread] = {}  # oldest first
         self._answering: set[socket.socket] = set()  # those whose handler runs
@@ -207,20 +217,33 @@ class ControlServer:
 
     def _serve(self, client: socket.socket) -> None:
         try:
-            frame = frames.receive(client, self._limit, time.monotonic() + CLIENT_TIMEOUT)
+            request, seal = proofs.receive_request(
+                client, self._authentication, self._limit, time.monotonic() + CLIENT_TIMEOUT
+            )
+            frame = frames.decode(request)
             with self._lock:
                 self._answering.add(client)
-            reply = frames.encode(frame.kind, self._answer(frame), frame.old)
+            reply = seal(frames.encode_body(frame.kind, self._answer(frame), frame.old))
             with self._lock:
                 self._answering.discard(client)
             frames.send(client, reply, time.monotonic() + CLIENT_TIMEOUT)
             _finish(client, time.monotonic() + CLIENT_TIMEOUT)
+        except proofs.Unproved as error:
+            self._warn(str(error))
+            with contextlib.suppress(OSError):
+                _finish(client, time.monotonic() + CLIENT_TIMEOUT)
         except (OSError, MalformedRecord) as error:
             log.debug("RPC port %d: connection dropped: %s", self.port, error)
         except Exception:
             log.exception("RPC port %d: request failed", self.port)
         finally:
             self._forget(client)
+
+    def _warn(self, text: str) -> None:
+        """Of what a stranger may cause again and again, now and then."""
+        if time.monotonic() - self._warned > WARNING_INTERVAL:
+            self._warned = time.monotonic()
+            log.warning("RPC port %d: %s", self.port, text)
 
     def _forget(self, client: socket.socket) -> None:
         with self._lock:  # closed under the lock: `stop` and `_admit` must not touch a reused descriptor

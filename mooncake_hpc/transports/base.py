@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from mooncake_hpc.authentication import Expected
 from mooncake_hpc.kernels import ranges, slicer
 from mooncake_hpc.memory import MemoryFile
 from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
@@ -70,6 +71,10 @@ class Peer(Protocol):
     @property
     def descriptor(self) -> SegmentDescriptor:
         """As last read."""
+
+    @property
+    def expected(self) -> Expected:
+        """Who has to prove to be it."""
 
     def refresh(self) -> SegmentDescriptor:
         """Read the descriptor again. Raises PeerLost when its process is another one than before, or is gone."""

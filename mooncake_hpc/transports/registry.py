@@ -6,6 +6,7 @@ import socket
 from dataclasses import dataclass
 
 from mooncake_hpc import topology
+from mooncake_hpc.authentication import Authentication
 from mooncake_hpc.errors import ConfigError
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.transports.base import Transport
@@ -26,7 +27,12 @@ class DeviceChoice:
 
 
 def make_transports(
-    protocol: str, listener: socket.socket, host: str, settings: Settings, devices: DeviceChoice
+    protocol: str,
+    listener: socket.socket,
+    host: str,
+    settings: Settings,
+    devices: DeviceChoice,
+    authentication: Authentication,
 ) -> list[Transport]:
     """The transports of `protocol`, the preferred first; they own `listener`. Raises ConfigError, DeviceError."""
     if protocol not in PROTOCOLS:
@@ -36,7 +42,7 @@ def make_transports(
     if protocol in ("shm", "auto"):
         from mooncake_hpc.transports.shm import ShmTransport
 
-        made.append(ShmTransport())
+        made.append(ShmTransport(authentication))
     try:
         if protocol == "rdma" or (protocol == "auto" and _has_rdma(devices, settings)):
             made.append(_rdma(devices, settings))
@@ -50,7 +56,7 @@ def make_transports(
     else:
         from mooncake_hpc.transports.tcp import TcpTransport
 
-        made.append(TcpTransport(listener, host, settings))
+        made.append(TcpTransport(listener, host, settings, authentication))
     return made
 
 

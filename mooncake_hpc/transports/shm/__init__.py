@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mooncake_hpc.errors import PeerLost
+from mooncake_hpc.authentication import Authentication
+from mooncake_hpc.errors import AuthenticationError, PeerLost
 from mooncake_hpc.kernels import shm
 from mooncake_hpc.kernels.compiled import compile_ahead
 from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.transports.base import Peer, Registration, Transport
 from mooncake_hpc.transports.lane import SHARED_KERNELS
+from mooncake_hpc.transports.shm import handoff
 from mooncake_hpc.transports.shm.client import ShmRoute, dial
 from mooncake_hpc.transports.shm.server import ShmServer
 
@@ -20,9 +22,9 @@ class ShmTransport(Transport):
 
     name = "shm"
 
-    def __init__(self) -> None:
+    def __init__(self, authentication: Authentication | None = None) -> None:
         compile_ahead(shm.lead, *SHARED_KERNELS)
-        self._server = ShmServer()
+        self._server = ShmServer(authentication or Authentication())
 
     def export(self, registrations: Sequence[Registration], *, shrinks: bool) -> None:
         self._server.export(registrations, shrinks=shrinks)
@@ -36,7 +38,11 @@ class ShmTransport(Transport):
         if connection is None:
             return None
         try:
+            handoff.prove(connection, peer.expected)
             return ShmRoute(peer, connection)
+        except AuthenticationError:
+            connection.close()
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             connection.close()
             raise PeerLost(f"segment {peer.name!r}: its shared memory cannot be mapped: {error}") from error

@@ -58,8 +58,9 @@ class ShmLane(Lane):
 
     lead = native.lead
 
-    def __init__(self, name: str, peer: str, connection: socket.socket) -> None:
-        super().__init__(name, peer, patience=1e9)
+    def __init__(self, name: str, peer: Peer, connection: socket.socket) -> None:
+        super().__init__(name, peer.name, patience=1e9)
+        self._expected = peer.expected
         self._socket = connection
         self._page: MemoryFile | None = None
         self._page_words: npt.NDArray[np.int64]
@@ -133,6 +134,7 @@ class ShmLane(Lane):
         reply = handoff.receive(self._socket)
         if reply is None:
             raise ConnectionResetError("the peer closed the connection")
+        handoff.check_admitted(reply, self._expected)
         if reply["page"]:
             self._page = MemoryFile.attach(handoff.receive_fd(self._socket))
         files = {int(serial): known.get(int(serial)) for serial, _, _ in reply["files"]}
@@ -147,7 +149,7 @@ class ShmRoute(Route):
     transport = "shm"
 
     def __init__(self, peer: Peer, connection: socket.socket) -> None:
-        self._lane = ShmLane(f"shm/{peer.name}/0", peer.name, connection)
+        self._lane = ShmLane(f"shm/{peer.name}/0", peer, connection)
         self._seen = peer.descriptor
         super().__init__([self._lane], self._lane.maps.tables)
 

@@ -1,7 +1,9 @@
 """How memory files pass between processes of a host: JSON frames and descriptors over a Unix socket.
 
 The socket's name is abstract and random: it needs no folder and leaves nothing behind. Who reaches it is in the
-same network namespace; its user is checked by SO_PEERCRED.
+same network namespace; its user is checked by SO_PEERCRED. With a secret (`mooncake_hpc.authentication`) the first
+frames are `{"hello": nonce}`, `{"challenge": …}` and `{"proof": …}` in hexadecimal digits; `{"refused": …}` ends a
+connection.
 """
 
 from __future__ import annotations
@@ -13,7 +15,11 @@ import socket
 import struct
 from typing import Any
 
+from mooncake_hpc.authentication import Authentication, Expected, Purpose, Reason, refusal
+
+HELLO_BYTES = 1 << 10  # longest frame of a client that has proved nothing yet
 LENGTH = struct.Struct("<I")
+WHERE = "its shared-memory socket"  # for messages
 MAX_FRAME = 64 << 20
 TIMEOUT = 20.0  # seconds for one exchange: a peer that compiles its kernels on a loaded machine takes several
 
@@ -33,16 +39,60 @@ def send(connection: socket.socket, value: Any, fds: list[int]) -> None:
         connection.sendmsg([b"\0"], rights)
 
 
-def receive(connection: socket.socket) -> Any:
+def receive(connection: socket.socket, limit: int = MAX_FRAME) -> Any:
     """The next JSON value, None at the end. Raises OSError, ValueError."""
     head = _exactly(connection, LENGTH.size)
     if head is None:
         return None
     (size,) = LENGTH.unpack(head)
-    if size > MAX_FRAME:
+    if size > limit:
         raise ValueError(f"a frame of {size} bytes")
     data = _exactly(connection, size)
     return None if data is None else json.loads(data)
+
+
+def prove(connection: socket.socket, expected: Expected) -> None:
+    """As the client: have the server prove who it is, and prove ourselves, where that is required.
+
+    Raises AuthenticationError, and as `receive`.
+    """
+    if not expected.authentication.required:
+        return
+    exchange = expected.open(Purpose.SHM, WHERE)
+    try:
+        send(connection, {"hello": exchange.nonce.hex()}, [])
+        reply = receive(connection, HELLO_BYTES)
+    except ConnectionError:
+        reply = None
+    if not isinstance(reply, dict) or not isinstance(challenge := reply.get("challenge"), str):
+        raise refusal(exchange.peer, Reason.NO_SECRET_THERE)
+    send(connection, {"proof": exchange.prove(bytes.fromhex(challenge)).hex()}, [])
+
+
+def check_admitted(reply: Any, expected: Expected) -> None:
+    """Raise AuthenticationError where the server's reply to our first request is a refusal."""
+    if isinstance(reply, dict) and "refused" in reply:
+        reason = Reason.SECRETS_DIFFER if expected.authentication.required else Reason.NO_SECRET_HERE
+        raise refusal(expected.at(WHERE), reason)
+
+
+def admit(connection: socket.socket, authentication: Authentication) -> bool:
+    """As the server: whether the client has proved that it knows our secret. Raises as `receive`."""
+    hello = receive(connection, HELLO_BYTES)
+    try:
+        exchange = authentication.answer(Purpose.SHM, bytes.fromhex(hello["hello"]))
+        send(connection, {"challenge": exchange.challenge.hex()}, [])
+        if exchange.admits(bytes.fromhex(receive(connection, HELLO_BYTES)["proof"])):
+            return True
+    except (ValueError, KeyError, TypeError):  # no such fields
+        pass
+    refuse(connection)
+    return False
+
+
+def refuse(connection: socket.socket) -> None:
+    """Tell a client that nothing is handed out to it. Raises OSError."""
+    send(connection, {"refused": "authentication"}, [])
 
 
 def receive_fd(connection: socket.socket) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mooncake_hpc.authentication import Authentication
 from mooncake_hpc.errors import MooncakeError
 from mooncake_hpc.kernels import shm as native
 from mooncake_hpc.memory import MemoryFile
@@ -50,7 +51,8 @@ class Client:
 class ShmServer:
     """Exchanges are rare and short; a thread a client, so that one which stops half-way holds up nobody."""
 
-    def __init__(self) -> None:
+    def __init__(self, authentication: Authentication) -> None:
+        self._authentication = authentication
         self.address = f"mooncake-{os.getpid()}-{secrets.token_hex(8)}"
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._listener.bind("\0" + self.address)
@@ -151,8 +153,9 @@ class ShmServer:
 
     def _serve(self, client: Client) -> None:
         try:
-            while self._answer(client):
-                pass
+            if self._admits(client):
+                while self._answer(client):
+                    pass
         except (OSError, ValueError, KeyError, TypeError, RecursionError, MooncakeError) as error:
             log.debug("shared memory: client dropped: %s", error)
         finally:
@@ -163,6 +166,16 @@ class ShmServer:
             self._clients.pop(client, None)
         client.close()
 
+    def _admits(self, client: Client) -> bool:
+        """Whether its process may have our memory."""
+        if not self._authentication.required:
+            return True
+        client.connection.settimeout(handoff.TIMEOUT)
+        if handoff.admit(client.connection, self._authentication):
+            return True
+        log.warning("shared memory: a process without our secret was refused")
+        return False
+
     def _answer(self, client: Client) -> bool:
         """Wait for the next request and answer it; False at the end."""
         client.connection.settimeout(None)
@@ -170,6 +183,9 @@ class ShmServer:
         client.connection.settimeout(handoff.TIMEOUT)
         request = handoff.receive(client.connection)
         if request is None:
+            return False
+        if "hello" in request:  # it has a secret, and we have none
+            handoff.refuse(client.connection)
             return False
         reply, fds = self._describe(client, {int(serial) for serial in request["have"]})
         try:

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import replace
 
+from mooncake_hpc.authentication import Authentication
 from mooncake_hpc.kernels import tcp_accept, tcp_client, tcp_lists
 from mooncake_hpc.kernels.compiled import compile_ahead
 from mooncake_hpc.segment import SegmentDescriptor
@@ -23,7 +24,9 @@ class TcpTransport(Transport):
 
     name = "tcp"
 
-    def __init__(self, listener: socket.socket, host: str, settings: Settings) -> None:
+    def __init__(
+        self, listener: socket.socket, host: str, settings: Settings, authentication: Authentication | None = None
+    ) -> None:
         self._settings = settings
         self._host = host
         compile_ahead(*tcp_accept.KERNELS, *CLIENT_KERNELS, *SHARED_KERNELS)
