@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from contenders import Contender, Load, Original, Ours, Raw, RawLatency, Sample, Stage
 
 Round = dict[str, Sample]  # one sample of each contender, by name
 KIB, MIB = 1 << 10, 1 << 20
+SLOWEST = 0.97  # of another build's speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,18 @@ RAW: dict[str, Callable[[Stage], Contender]] = {
     "raw, 1 MiB a call": lambda stage: Raw(stage, "stream", MIB),
 }
 CPU = Goal("CPU s/GB, both sides", lambda seen: seen["ours"].cpu_seconds_per_gb, 0.5, at_least=False)
+
+
+def against(case: Case, build: Path) -> Case:
+    """The same load for this build and for another one of ours, and nobody else."""
+    ours = case.contenders["ours"]
+    contenders = {"ours": ours, "before": lambda stage: ours(stage.of_build(build))}
+    goal = Goal(
+        "ours / before",
+        lambda seen: seen["ours"].requests_per_second / seen["before"].requests_per_second,
+        SLOWEST,
+    )
+    return Case(case.name, case.load, contenders, (goal,))
 
 
 def _size(count: int) -> str:

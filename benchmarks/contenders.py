@@ -5,6 +5,7 @@ Targets are started once a run and live until its end, initiators are new proces
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from rdma_nursery import Nursery
 
 ROOT = Path(__file__).resolve().parent.parent
-OUR_BENCH = (str(ROOT / "launch" / "transfer_engine_bench"),)
 RESULT = re.compile(r"Test completed: duration ([\d.]+), batch count (\d+),")
 START_TIMEOUT = 60.0  # seconds for a target to be ready
 TRIES = 5  # for a sample of the original: on a busy machine it gives requests up after a second in its queue
@@ -126,12 +126,19 @@ def tried_again(measure: Callable[[int], Sample]) -> Sample:
 class Target:
     """A running bench target of ours or the original's; a context manager."""
 
-    def __init__(self, command: tuple[str, ...], flags: list[str], name: str, ready: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        command: tuple[str, ...],
+        flags: list[str],
+        name: str,
+        ready: Callable[[str], bool],
+        env: dict[str, str] | None = None,
+    ) -> None:
         self.name = name
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the target
         self._process = subprocess.Popen(
             [*command, "--mode=target", f"--local_server_name={name}", *flags],
-            env=environment(), stdin=subprocess.DEVNULL, stdout=self._output, stderr=subprocess.STDOUT,
+            env=env or environment(), stdin=subprocess.DEVNULL, stdout=self._output, stderr=subprocess.STDOUT,
         )  # fmt: skip
         deadline = time.monotonic() + START_TIMEOUT
         while not ready(self._text()):
@@ -171,6 +178,7 @@ class Stage:
     def __init__(self, original: str, buffer_size: int) -> None:
         """`original` is the path of the original's bench, "" where it is not to be had."""
         self._original, self._buffer_size = original, buffer_size
+        self._build = ROOT
         self._stack = ExitStack()
         self._etcd = self._stack.enter_context(EmbeddedEtcd())
         self._targets: dict[str, Target] = {}
@@ -180,6 +188,22 @@ class Stage:
     @property
     def metadata(self) -> str:
         return self._etcd.endpoint
+
+    def of_build(self, build: Path) -> Stage:
+        """This stage with the programs of another checkout of ours, which is set up; it ends with this one."""
+        other = copy.copy(self)
+        other._build = build.resolve()
+        return other
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What programs of this build are started with: each has a cache of kernels of its own."""
+        other = self._build != ROOT
+        return {name: value for name, value in environment().items() if not (other and name == "NUMBA_CACHE_DIR")}
+
+    @property
+    def our_bench(self) -> tuple[str, ...]:
+        return (str(self._build / "launch" / "transfer_engine_bench"),)
 
     @property
     def original_bench(self) -> tuple[str, ...]:
@@ -205,7 +229,7 @@ class Stage:
         return f"127.0.0.1:{next(self._numbers)}"
 
     def ours(self, protocol: str) -> Target:
-        return self.target(f"ours/{protocol}", OUR_BENCH, protocol)
+        return self.target(f"{self._build}/{protocol}", self.our_bench, protocol)
 
     def original(self) -> Target:
         return self.target("original", self.original_bench, "tcp")
@@ -221,7 +245,7 @@ class Stage:
 
             flags = [f"--metadata_server={self.metadata}", f"--protocol={protocol}"]
             flags += [f"--buffer_size={self._buffer_size}", "--threads=1"]
-            self._targets[key] = self._stack.enter_context(Target(command, flags, name, published))
+            self._targets[key] = self._stack.enter_context(Target(command, flags, name, published, self.environment))
         return self._targets[key]
 
     def __enter__(self) -> Stage:
@@ -264,7 +288,7 @@ class _Run:
 
 
 class Ours(Contender):
-    """Our initiator against our target, or against the original's."""
+    """Our initiator against our target, or against the original's; both of the stage's build."""
 
     def __init__(self, stage: Stage, protocol: str = "tcp", against_original: bool = False) -> None:
         super().__init__(stage)
@@ -274,7 +298,7 @@ class Ours(Contender):
         target = self._stage.original() if self._against_original else self._stage.ours(self._protocol)
         with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
             flags = (f"--protocol={self._protocol}", f"--json={file.name}")
-            done = self._initiate(OUR_BENCH, target, load, seconds, *flags)
+            done = self._initiate(self._stage.our_bench, target, load, seconds, *flags)
             told = json.loads(file.read())
         target_cpu = told["target_cpu_seconds"]
         cpu = told["initiator_cpu_seconds"] + (done.target_cpu if target_cpu is None else target_cpu)
@@ -283,6 +307,9 @@ class Ours(Contender):
             told["bytes_per_second"], told["requests_per_second"], cpu / (told["bytes"] / 1e9),
             latency["p50"], latency["p99"],
         )  # fmt: skip
+
+    def _run(self, command: list[str], timeout: float) -> tuple[str, float]:
+        return run(command, timeout, self._stage.environment)
 
 
 class Original(Contender):

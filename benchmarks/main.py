@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from cases import CASES, Case
+from cases import CASES, Case, against
 from contenders import Contender, Failed, Stage
 from load import Calm, Watch
 from report import CaseResult, Results, progress_line
@@ -94,6 +94,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="before each case wait at most this long for others to leave the machine alone, and take samples again "
         "for as long in which the host moved our cores [%(default)s]",
     )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="CHECKOUT",
+        help="measure this build beside that of another checkout, which is set up, instead of beside the original",
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="[benchmarks/results]")
     parser.add_argument(
         "--keep", action="store_true", help="cases that are not run now stay in the results as the last run left them"
@@ -138,6 +144,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     known = suite(options.suite)
     cases, with_facts = choose(known, options.case)
+    if options.against is not None:
+        cases, with_facts = [against(case, options.against) for case in cases], False
     if options.list:
         print("\n".join([*(case.name for case in known), *([FACTS] if known is CASES else [])]))
         return 0
@@ -153,6 +161,8 @@ def main(arguments: Sequence[str]) -> int:
         print("\ninterrupted: writing what there is", file=sys.stderr)
     results.seconds = round(time.monotonic() - begin, 1)
     name = "rdma" if options.suite == "rdma" else "bench"
+    if options.against is not None:
+        name += "-against"
     if options.keep:
         results.keep(options.output / f"{name}.json", known)
     results.write(options.output, name)
