@@ -7,9 +7,11 @@ not know are ignored, and of a field that is there twice the last one counts: Mo
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import threading
+from collections.abc import Iterator
 from typing import Annotated, Generic, TypeVar
 
 import msgspec
@@ -28,6 +30,7 @@ REMEMBERED = 1024  # texts that `warn_once` remembers
 Address = Annotated[int, Meta(ge=0)]  # `check_range` has the upper limit, which is beyond what Meta can say
 Length = Annotated[int, Meta(ge=0)]  # bytes; as Address
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Positive = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 OptionalPort = Annotated[int, Meta(ge=0, le=65535)]  # 0: there is none
 Key = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]  # of an RDMA memory region
@@ -50,7 +53,7 @@ class Reader(Generic[T]):
 
     def __call__(self, text: str | bytes, where: str) -> T:
         """The record in `text`. `where` names its source in the MalformedRecord of anything else."""
-        try:
+        with reading(self._what, where):
             if len(text) > self._longest:
                 raise ValueError(f"{len(text)} bytes are above the limit of {self._longest}")
             if isinstance(text, bytes):
@@ -58,9 +61,16 @@ class Reader(Generic[T]):
             if "\\u0000" in text and not self._nul and _NUL.search(text):
                 raise ValueError("a text holds a NUL character")
             return self._decoder.decode(text)
-        except (ValueError, RecursionError) as error:  # msgspec's errors and UnicodeError are ValueErrors
-            cause = "it is nested too deeply" if isinstance(error, RecursionError) else error
-            raise MalformedRecord(f"{where} holds no {self._what}: {cause}") from error
+
+
+@contextlib.contextmanager
+def reading(what: str, where: str) -> Iterator[None]:
+    """Turn what is wrong with a value of the kind `what`, found at `where`, into a MalformedRecord."""
+    try:
+        yield
+    except (ValueError, RecursionError) as error:  # msgspec's errors and UnicodeError are ValueErrors
+        cause = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise MalformedRecord(f"{where} holds no {what}: {cause}") from error
 
 
 def check_range(address: int, nbytes: int) -> None:

@@ -16,7 +16,7 @@ import threading
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -40,7 +40,7 @@ def board_size(shards: int) -> int:
 
 def source_id(name: str) -> int:
     """What stands for a holder's name in claims."""
-    return zlib.crc32(name.encode("utf-8", "surrogatepass"))
+    return zlib.crc32(name.encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +49,6 @@ class Place:
 
     address: int
     token: int
-
-    @classmethod
-    def of(cls, value: Any) -> Place | None:
-        """From a record's JSON: a pair, or null. Raises ValueError, TypeError."""
-        if value is None:
-            return None
-        address, token = value
-        return cls(int(address), int(token))
 
 
 class Board:

@@ -12,6 +12,7 @@ vanish (`Catalogue.adopt`), so that an object lives for as long as its holders t
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import logging
 import threading
@@ -21,16 +22,31 @@ from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
 import numpy as np
+from msgspec import Struct
 
-from mooncake_hpc.errors import MetadataError, MetadataUnavailable, MooncakeError, NameInUse
+from mooncake_hpc.decode import (
+    LONGEST_SMALL_VALUE,
+    Address,
+    Count,
+    Name,
+    Positive,
+    Reader,
+    Text,
+    check_range,
+    reading,
+    warn_once,
+)
+from mooncake_hpc.errors import MalformedRecord, MetadataUnavailable, MooncakeError, NameInUse
 from mooncake_hpc.metadata.base import MetadataStore
-from mooncake_hpc.p2p.board import Place
+from mooncake_hpc.names import check_text
+from mooncake_hpc.p2p.board import Place, board_size
 from mooncake_hpc.p2p.holders import Bits
-from mooncake_hpc.p2p.manifest import Manifest
+from mooncake_hpc.p2p.manifest import Manifest, Version
 
 log = logging.getLogger(__name__)
 
 CURRENT = "current"
+ALL = "all"  # in place of bits, for a holder of all shards
 EVENTS = 5000.0  # a second: what all holders' announcements together may cost the store; each is told to every holder
 QUICKEST = 0.25  # seconds between two announcements of a holder: boards tell of shards sooner
 RETRY = (0.1, 1.0)  # seconds after an announcement that failed: at first, and at most
@@ -53,7 +69,7 @@ class Holder:
     seed: bool = False
 
     def to_json(self) -> str:
-        bits = "all" if self.have.all() else base64.b64encode(np.packbits(self.have).tobytes()).decode()
+        bits = ALL if self.have.all() else base64.b64encode(np.packbits(self.have).tobytes()).decode()
         value = {
             "segment": self.segment,
             "generation": self.generation,
@@ -68,30 +84,69 @@ class Holder:
         return json.dumps(value, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> Holder:
-        """Raises MetadataError, which names `where`, for a value that is no record."""
-        try:
-            value = json.loads(text)
-            shards = int(value["shards"])
-            if value["have"] == "all":
-                have = np.ones(shards, bool)
-            else:
-                packed = np.frombuffer(base64.b64decode(value["have"], validate=True), np.uint8)
-                have = np.unpackbits(packed, count=shards).astype(bool)
-            if len(have) != shards:
-                raise ValueError(f"{len(have)} bits for {shards} shards")
-            return cls(
-                segment=str(value["segment"]),
-                generation=str(value["generation"]),
-                host=str(value["host"]),
-                bases=tuple(int(base) for base in value["bases"]),
-                have=have,
-                board=Place.of(value["board"]),
-                sources=tuple(str(source) for source in value["sources"]),
-                seed=bool(value["seed"]),
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MetadataError(f"{where} holds no holder's record: {error!r}") from error
+    def from_json(cls, text: str, where: str, segment: str, manifest: Manifest) -> Holder:
+        """The record of `segment`. Raises MalformedRecord, which names `where`, for a value that is none, or does not
+        fit the manifest."""
+        value = _record(text, where, segment, manifest.shards)
+        with reading("holder's record", where):
+            if len(value.bases) != len(manifest.sizes):
+                raise ValueError(f"{len(value.bases)} addresses for {len(manifest.sizes)} buffers")
+            for base, size in zip(value.bases, manifest.sizes, strict=True):
+                check_range(base, size)
+            board = Place(*value.board) if value.board else None
+            if board is not None:
+                check_range(board.address, board_size(value.shards))
+            have = np.ones(value.shards, bool) if value.have == ALL else _unpack(value)
+            return cls(value.segment, value.generation, value.host, value.bases, have, board, value.sources, value.seed)
+
+
+class _Holder(Struct):
+    """As `Holder.to_json` writes it: what it has is ALL, or bits in base64."""
+
+    segment: Name
+    generation: Text
+    host: Text
+    bases: tuple[Address, ...]
+    shards: Count
+    have: str
+    board: tuple[Address, Positive] | None
+    sources: tuple[Name, ...]
+    seed: bool
+
+
+def _record(text: str, where: str, segment: str, shards: int) -> _Holder:
+    """The record of `segment` for an object of so many shards. Raises MalformedRecord, which names `where`."""
+    value = _read_holder(text, where)
+    with reading("holder's record", where):
+        if (value.segment, value.shards) != (segment, shards):
+            raise ValueError(f"it is of {value.segment!r} and {value.shards} shards, not of {segment!r} and {shards}")
+    return value
+
+
+def _unpack(value: _Holder) -> Bits:
+    """The bits that it lists, no more than its text has room for. Raises ValueError."""
+    packed = np.frombuffer(base64.b64decode(value.have, validate=True), np.uint8)
+    if len(packed) != -(-value.shards // 8):
+        raise ValueError(f"{8 * len(packed)} bits for {value.shards} shards")
+    return np.unpackbits(packed, count=value.shards).view(np.bool_)
+
+
+class _Current(Struct):
+    """A value of `current`."""
+
+    version: Version
+    size: Count
+    shards: Count
+    shard_size: Positive
+    sizes: tuple[Count, ...]
+
+    def __post_init__(self) -> None:
+        if self.shards != -(-self.size // self.shard_size) or self.size != sum(self.sizes):
+            raise ValueError("its sizes contradict one another")
+
+
+_read_holder = Reader(_Holder, "holder's record")
+_read_current = Reader(_Current, "version of an object", LONGEST_SMALL_VALUE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,20 +182,36 @@ class Catalogue:
         return f"{self.prefix(manifest.name)}{manifest.version}/{_quote(segment)}"
 
     def split_key(self, key: str) -> tuple[str, str, str]:
-        """Object, version and holder of a holder's key; version CURRENT and no holder for the other kind."""
-        parts = key.removeprefix(f"{self._root}object/").split("/")
-        return unquote(parts[0]), parts[1], unquote(parts[2]) if len(parts) > 2 else ""
+        """Object, version and holder of a holder's key; version CURRENT and no holder for the other kind.
+
+        Raises MalformedRecord for a key that none of us makes.
+        """
+        try:
+            name, version, *segment = key.removeprefix(f"{self._root}object/").split("/")
+            parts = [unquote(part, errors="strict") for part in (name, *segment)]
+            if [_quote(part) for part in parts] == [name, *segment] and len(parts) == 1 + (version != CURRENT):
+                return parts[0], version, "".join(parts[1:])
+        except ValueError:  # UnicodeDecodeError is one
+            pass
+        raise MalformedRecord(f"key {key!r} in {self.store.spec} is not one of an object's")
 
     def current(self, name: str) -> Manifest | None:
-        """The manifest of the version that the name means now; None where there is none. Raises MetadataError."""
+        """The manifest of the version that the name means now; None where there is none.
+
+        Raises MalformedRecord, MetadataUnavailable.
+        """
         for _ in range(3):  # the version may be replaced between the two reads
             text = self.store.get(self.prefix(name) + CURRENT)
             if text is None:
                 return None
-            key = self._manifest_key(name, version_of(text))
-            manifest = self.store.get(key)
-            if manifest is not None:
-                return Manifest.from_json(manifest, f"key {key!r} in {self.store.spec}")
+            version = version_of(text, self._where(self.prefix(name) + CURRENT))
+            key = self._manifest_key(name, version)
+            found = self.store.get(key)
+            if found is not None:
+                manifest = Manifest.from_json(found, self._where(key))
+                if (manifest.name, manifest.version) != (name, version):
+                    raise MalformedRecord(f"{self._where(key)} holds no manifest of it, but of {manifest.name!r}")
+                return manifest
         return None
 
     def publish(self, manifest: Manifest, ours: bool, force: bool) -> bool:
@@ -176,34 +247,46 @@ class Catalogue:
         """Remove what hangs on our lease of `publish` or `adopt`."""
         current = self.prefix(manifest.name) + CURRENT
         text = self.store.get(current)
-        if text is not None and version_of(text) == manifest.version:
-            self.store.withdraw(current)
+        with contextlib.suppress(MalformedRecord):  # somebody else's
+            if text is not None and version_of(text, current) == manifest.version:
+                self.store.withdraw(current)
         self.store.withdraw(self._manifest_key(manifest.name, manifest.version))
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
-        """The current versions of the objects whose names begin so, by name."""
-        keys = self.store.list(f"{self._root}object/{_quote(prefix)}")
-        found: dict[str, tuple[str, dict[str, object]]] = {}
-        for key, text in keys.items():
-            name, version, _ = self.split_key(key)
-            if version == CURRENT:
-                found[name] = version_of(text), json.loads(text)
-        holders: dict[str, dict[str, int]] = {name: {} for name in found}
-        for key, text in keys.items():
-            name, version, segment = self.split_key(key)
-            if segment and name in found and version == found[name][0]:
-                holders[name][segment] = int(Holder.from_json(text, key).have.sum())
+        """The current versions of the objects whose names begin so, by name. Malformed entries are left out."""
+        check_text(prefix, "the beginning of an object's name")
+        current: dict[str, _Current] = {}
+        records: list[tuple[str, str, str, str, str]] = []
+        for key, text in self.store.list(f"{self._root}object/{_quote(prefix)}").items():
+            try:
+                name, version, segment = self.split_key(key)
+                if version == CURRENT:
+                    current[name] = _read_current(text, self._where(key))
+                else:
+                    records.append((name, version, segment, key, text))
+            except MalformedRecord as error:
+                warn_once(log, error)
+        holders: dict[str, dict[str, int]] = {name: {} for name in current}
+        for name, version, segment, key, text in records:
+            if name in current and version == current[name].version:
+                try:
+                    holders[name][segment] = _count(text, self._where(key), segment, current[name].shards)
+                except MalformedRecord as error:
+                    warn_once(log, error)
         return [
-            ObjectInfo(name, version, holders=holders[name], **_numbers(value))  # type: ignore[arg-type]
-            for name, (version, value) in sorted(found.items())
+            ObjectInfo(name, one.version, one.size, one.shards, one.shard_size, one.sizes, holders[name])
+            for name, one in sorted(current.items())
         ]
+
+    def _where(self, key: str) -> str:
+        return f"key {key!r} in {self.store.spec}"
 
     def _manifest_key(self, name: str, version: str) -> str:
         return f"{self._root}manifest/{_quote(name)}/{version}"
 
 
 def _quote(name: str) -> str:
-    return quote(name, safe="", errors="surrogatepass")
+    return quote(name, safe="")
 
 
 def _summary(manifest: Manifest) -> str:
@@ -212,17 +295,16 @@ def _summary(manifest: Manifest) -> str:
     return json.dumps({**value, "shard_size": manifest.shard_size, "sizes": sizes}, separators=(",", ":"))
 
 
-def version_of(text: str) -> str:
-    """The version in a value of `current`. Raises MetadataError."""
-    try:
-        return str(json.loads(text)["version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise MetadataError(f"no object version in {text[:80]!r}: {error!r}") from error
+def version_of(text: str, where: str) -> str:
+    """The version in a value of `current`. Raises MalformedRecord, which names `where`."""
+    return _read_current(text, where).version
 
 
-def _numbers(value: Mapping[str, object]) -> dict[str, object]:
-    numbers = {key: value[key] for key in ("size", "shards", "shard_size")}
-    return {**numbers, "sizes": tuple(value["sizes"])}  # type: ignore[arg-type]
+def _count(text: str, where: str, segment: str, shards: int) -> int:
+    """How many of an object's shards the record of `segment` says are there. Raises MalformedRecord."""
+    value = _record(text, where, segment, shards)
+    with reading("holder's record", where):
+        return shards if value.have == ALL else int(_unpack(value).sum())
 
 
 class Announcer:

@@ -40,7 +40,7 @@ class View:
 
 def claims(name: str, shards: int) -> npt.NDArray[np.float32]:
     """A reader's claim to each shard, 0 to 1: the highest one has the turn."""
-    return np.random.default_rng(zlib.crc32(name.encode("utf-8", "surrogatepass"))).random(shards, np.float32)
+    return np.random.default_rng(zlib.crc32(name.encode())).random(shards, np.float32)
 
 
 class Others:

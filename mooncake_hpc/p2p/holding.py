@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from mooncake_hpc.decode import warn_once
 from mooncake_hpc.engine import TransferEngine
-from mooncake_hpc.errors import MetadataError, MooncakeError, ObjectNotFound, P2PError
+from mooncake_hpc.errors import MalformedRecord, MetadataError, MooncakeError, ObjectNotFound, P2PError
 from mooncake_hpc.memory import containing, describe
 from mooncake_hpc.metadata.watch import Changes, Watch
 from mooncake_hpc.p2p.board import Board, MemoryPool
@@ -26,6 +27,7 @@ from mooncake_hpc.p2p.pull import Pull
 log = logging.getLogger(__name__)
 
 Bytes = npt.NDArray[np.uint8]
+UNREADABLE = "?"  # in place of the version that a malformed value of `current` means
 LAST_WORDS = 2.0  # seconds for the last announcement of a pull; it goes on in the background
 
 
@@ -162,26 +164,27 @@ class Holdings:
     def _changed(self, held: Held, changes: Changes) -> None:
         """The catalogue says something new of an object that we hold or pull."""
         for key, text in changes.items():
-            _, version, segment = self._catalogue.split_key(key)
-            if version == CURRENT:
-                held.current = None if text is None else version_of(text)
-            elif version == held.manifest.version and segment != self._engine.name:
-                self._record_changed(held, key, segment, text)
+            try:
+                _, version, segment = self._catalogue.split_key(key)
+                if version == CURRENT:
+                    held.current = UNREADABLE
+                    held.current = None if text is None else version_of(text, f"key {key!r}")
+                elif version == held.manifest.version and segment != self._engine.name:
+                    self._record_changed(held, key, segment, text)
+            except MalformedRecord as error:
+                warn_once(log, error)
         held.settled.set()
         if held.current is None and not held.busy:
             self._adopt(held)
 
     def _record_changed(self, held: Held, key: str, segment: str, text: str | None) -> None:
+        """Raises MalformedRecord; what was known of the holder stays then."""
         if text is None:
             held.records.pop(segment, None)
             if held.pull is not None:
                 held.pull.forget(segment)
             return
-        try:
-            holder = Holder.from_json(text, key)
-        except MetadataError as error:
-            log.warning("%s", error)
-            return
+        holder = Holder.from_json(text, f"key {key!r}", segment, held.manifest)
         held.records[segment] = holder
         if held.pull is not None:
             held.pull.see(holder)

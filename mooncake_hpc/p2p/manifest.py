@@ -7,13 +7,20 @@ whatever buffers they lie in: thousands of small tensors are as cheap to move as
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+import math
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from mooncake_hpc.errors import ConfigError, MetadataError
+import numpy as np
+from msgspec import Meta, Struct
+
+from mooncake_hpc.decode import Count, Name, Positive, Reader, Text, reading
+from mooncake_hpc.errors import ConfigError
 from mooncake_hpc.p2p.digests import digest_size
 
 FORMAT = 1
@@ -21,7 +28,14 @@ BUFFERS, TENSORS, FILE, FOLDER = "buffers", "tensors", "file", "folder"  # kinds
 SMALLEST, LARGEST = 1 << 16, 64 << 20  # bytes: limits of a shard size that is chosen here
 AIM = 256  # shards of an object, where the limits allow
 UNVERIFIED = "none"  # in place of a digest algorithm, for the original's objects
-LONGEST_NAME = 512  # bytes
+LARGEST_OBJECT = 1 << 62  # bytes
+LONGEST_PART_NAME = 4096  # bytes, as the longest path
+DTYPE = re.compile(r"[<>|=]?\w{1,32}(\[\w{1,16}\])?")  # of one plain element; numpy's language can say far more
+
+Version = Annotated[str, Meta(pattern=r"^[\w.-]{1,64}$")]
+_PartName = Annotated[str, Meta(max_length=LONGEST_PART_NAME)]
+_Shape = Annotated[tuple[Count, ...], Meta(max_length=64)]
+_Mode = Annotated[int, Meta(ge=0, le=0o7777)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,36 +106,68 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Manifest:
-        """Parse and check. `where` names the source in the MetadataError of a value that is no manifest."""
-        try:
-            value = json.loads(text)
-            if value["format"] != FORMAT:
-                raise ValueError(f"format {value['format']!r}, this program reads {FORMAT}")
+        """Parse and check. `where` names the source in the MalformedRecord of a value that is no manifest."""
+        value = _read(text, where)
+        with reading("manifest", where):
             manifest = cls(
-                name=str(value["name"]),
-                version=str(value["version"]),
-                sizes=tuple(int(size) for size in value["sizes"]),
-                shard_size=int(value["shard_size"]),
-                algorithm=str(value["algorithm"]),
-                digests=base64.b64decode(value["digests"], validate=True),
-                kind=str(value["kind"]),
-                parts=tuple(
-                    Part(str(name), str(dtype), tuple(int(length) for length in shape), int(mode))
-                    for name, dtype, shape, mode in value["parts"]
-                ),
+                name=value.name,
+                version=value.version,
+                sizes=value.sizes,
+                shard_size=value.shard_size,
+                algorithm=value.algorithm,
+                digests=base64.b64decode(value.digests, validate=True),
+                kind=value.kind,
+                parts=tuple(Part(*part) for part in value.parts),
             )
             manifest._check()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MetadataError(f"{where} holds no manifest: {error}") from error
-        return manifest
+            return manifest
 
     def _check(self) -> None:
-        if self.shard_size <= 0 or any(size < 0 for size in self.sizes):
-            raise ValueError("a size is below 0")
+        """Raise ValueError where the numbers contradict one another. Allocates nothing by what they claim."""
+        if self.size >= LARGEST_OBJECT:
+            raise ValueError(f"an object of {self.size} bytes")
         if len(self.digests) != self.shards * digest_size(self.algorithm):
             raise ValueError(f"{len(self.digests)} bytes of {self.algorithm} digests for {self.shards} shards")
         if self.parts and len(self.parts) != len(self.sizes):
             raise ValueError(f"{len(self.parts)} names for {len(self.sizes)} buffers")
+        if len({part.name for part in self.parts}) != len(self.parts):
+            raise ValueError("two parts have one name")
+        if self.kind == TENSORS:
+            for part, size in zip(self.parts, self.sizes, strict=True):
+                _check_tensor(part, size)
+
+
+class _Manifest(Struct):
+    """As `Manifest.to_json` writes it. A part is name, dtype, shape and mode."""
+
+    format: int
+    name: Name
+    version: Version
+    sizes: tuple[Count, ...]
+    shard_size: Positive
+    algorithm: Text
+    digests: str
+    kind: Text
+    parts: list[tuple[_PartName, Text, _Shape, _Mode]]
+
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise ValueError(f"format {self.format}, this program reads {FORMAT}")
+
+
+_read = Reader(_Manifest, "manifest")
+
+
+def _check_tensor(part: Part, size: int) -> None:
+    """Raise ValueError unless the tensor takes `size` bytes, as far as its dtype is one of numpy's."""
+    count = math.prod(part.shape)
+    fits = size % count == 0 if count else size == 0
+    if DTYPE.fullmatch(part.dtype):
+        with contextlib.suppress(TypeError):  # a library's dtype, or a newer numpy's
+            dtype = np.dtype(part.dtype)
+            fits = not dtype.hasobject and dtype.itemsize * count == size
+    if not fits:
+        raise ValueError(f"{part.name!r}: {size} bytes for a tensor of shape {part.shape} and dtype {part.dtype!r}")
 
 
 def new_version() -> str:
@@ -133,15 +179,6 @@ def choose_shard_size(size: int) -> int:
     """A power of 2 that cuts `size` bytes into about AIM shards."""
     aim = max(1, size // AIM)
     return min(LARGEST, max(SMALLEST, 1 << (aim - 1).bit_length()))
-
-
-def check_name(name: str) -> None:
-    """Raise ConfigError unless this can be an object's name: any text but the empty one, up to 512 bytes."""
-    if not isinstance(name, str):
-        raise ConfigError(f"an object's name is a text, not {name!r}")
-    length = len(name.encode("utf-8", "surrogatepass"))
-    if not 0 < length <= LONGEST_NAME:
-        raise ConfigError(f"object name {name[:40]!r}… has {length} bytes: 1 to {LONGEST_NAME} are possible")
 
 
 def by_name(parts: Sequence[Part], given: Mapping[str, Any]) -> list[Any]:

@@ -82,10 +82,7 @@ class Pull:
     # --- what the catalogue says ----------------------------------------------------------------------------
 
     def see(self, holder: Holder) -> None:
-        """A record is new or has changed."""
-        if len(holder.have) != self._manifest.shards or len(holder.bases) != len(self._manifest.sizes):
-            log.warning("record of %s does not fit the manifest: ignored", holder.segment)
-            return
+        """A record, which fits the manifest, is new or has changed."""
         with self.lock:
             before, have, fetching = self._holders.get(holder.segment), holder.have, {}
             same = before is not None and _same_place(before, holder)

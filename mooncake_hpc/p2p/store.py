@@ -16,12 +16,13 @@ from mooncake_hpc.engine import TransferEngine
 from mooncake_hpc.errors import ConfigError, ObjectExists, P2PError
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.metadata.store import open_store
+from mooncake_hpc.names import check_name, check_text
 from mooncake_hpc.p2p.buffers import as_bytes, as_range, digest_all, take_apart
 from mooncake_hpc.p2p.catalogue import Catalogue, Holder, ObjectInfo
 from mooncake_hpc.p2p.digests import DEFAULT
 from mooncake_hpc.p2p.holding import Held, Holdings
 from mooncake_hpc.p2p.layout import Bytes, Memory
-from mooncake_hpc.p2p.manifest import Manifest, Part, check_name, choose_shard_size, new_version
+from mooncake_hpc.p2p.manifest import LONGEST_PART_NAME, Manifest, Part, choose_shard_size, new_version
 from mooncake_hpc.p2p.progress import OnProgress, Terms
 from mooncake_hpc.p2p.replicating import Have, OnShard, Replica, Replicator
 from mooncake_hpc.p2p.upstream import Checkpoint, list_originals
@@ -86,7 +87,7 @@ class P2PStore:
         ObjectExists, unless the content is equal (then this store becomes one more holder) or `force`. Raises
         ConfigError, RegistrationError, MetadataError.
         """
-        check_name(name)
+        check_name(name, "an object's name")
         buffers, found_kind, found_parts = take_apart(data)
         arrays = [as_bytes(buffer) for buffer in buffers]
         manifest = _describe(name, arrays, shard_size, algorithm, kind or found_kind, tuple(parts) or found_parts)
@@ -158,7 +159,7 @@ class P2PStore:
         ObjectReplaced, SizeMismatch, IntegrityError, TransferTimeout, TransferCancelled, P2PError when the object is
         here already, ConfigError, RegistrationError, MetadataError.
         """
-        check_name(name)
+        check_name(name, "an object's name")
         terms = Terms(None if timeout is None else time.monotonic() + timeout, cancel, progress)
         manifest = self._replicator.find(name, wait, terms)
         if byte_range is not None:
@@ -219,6 +220,8 @@ def _describe(
     """A new version of an object that consists of these bytes."""
     if not isinstance(shard_size, int | np.integer) or shard_size < 0:
         raise ConfigError(f"shard_size {shard_size!r} is no number of bytes")
+    for part in parts:
+        check_text(part.name, "the name of a tensor or file", LONGEST_PART_NAME)
     sizes = tuple(array.nbytes for array in arrays)
     shard = int(shard_size) or choose_shard_size(sum(sizes))
     digests = digest_all(Memory(arrays), shard, algorithm)

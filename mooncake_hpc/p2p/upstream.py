@@ -10,21 +10,22 @@ share the load, and one that failed comes last from then on.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
 
-from mooncake_hpc.errors import MetadataError, MooncakeError, ObjectNotFound
+from mooncake_hpc.decode import Address, Count, Name, Positive, Reader, check_range, warn_once
+from mooncake_hpc.errors import MalformedRecord, MooncakeError, ObjectNotFound
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.p2p.catalogue import ObjectInfo
 from mooncake_hpc.p2p.layout import Layout, Memory, pair
-from mooncake_hpc.p2p.manifest import UNVERIFIED, Manifest
+from mooncake_hpc.p2p.manifest import LARGEST_OBJECT, UNVERIFIED, Manifest
 from mooncake_hpc.p2p.progress import Progress, Terms
 from mooncake_hpc.p2p.watch import end_batch
 from mooncake_hpc.request import READ, REQUEST
@@ -59,21 +60,15 @@ class Checkpoint:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Checkpoint:
-        """Raises MetadataError, which names `where`, for a value that is no object of the original's."""
-        try:
-            value = json.loads(text)
-            sizes = [int(shard["size"]) for shard in value["shards"] or ()]
-            ends = list(accumulate(sizes))
-            places = [_places(shard) for shard in value["shards"] or ()]
-            shards = tuple(Shard(e - n, e, found) for e, n, found in zip(ends, sizes, places, strict=True))
-            made = cls(str(value["name"]), tuple(int(size) for size in value["size_list"] or ()), shards)
-            if any(size <= 0 for size in sizes) or any(size < 0 for size in made.sizes):
-                raise ValueError("a size is below 0")
-            if sum(sizes) != sum(made.sizes):
-                raise ValueError(f"shards of {sum(sizes)} bytes for buffers of {sum(made.sizes)}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MetadataError(f"{where} holds no object of the original's P2P Store: {error!r}") from error
-        return made
+        """Raises MalformedRecord, which names `where`, for a value that is no object of the original's."""
+        value = _read(text, where)
+        shards = value.shards or ()
+        ends = [*accumulate(shard.size for shard in shards)]
+        return cls(
+            value.name,
+            value.size_list or (),
+            tuple(Shard(end - shard.size, end, shard.places()) for shard, end in zip(shards, ends, strict=True)),
+        )
 
     def manifest(self) -> Manifest:
         """Ours of the same object, without digests."""
@@ -82,29 +77,71 @@ class Checkpoint:
 
     def holders(self) -> dict[str, int]:
         """Shards by segment."""
-        names = [name for shard in self.shards for name in {segment for segment, _ in shard.places}]
-        return {name: names.count(name) for name in dict.fromkeys(names)}
+        return dict(Counter(name for shard in self.shards for name in {segment for segment, _ in shard.places}))
 
 
-def _places(shard: Any) -> tuple[tuple[str, int], ...]:
-    found = [*(shard.get("replica_list") or ()), *(shard.get("gold") or ())]
-    return tuple((str(place["segment_name"]), int(place["offset"])) for place in found)
+class _Place(Struct):
+    segment_name: Name
+    offset: Address
+
+
+class _Shard(Struct):
+    size: Positive
+    gold: list[_Place] | None = None
+    replica_list: list[_Place] | None = None
+
+    def __post_init__(self) -> None:
+        for place in self._all():
+            check_range(place.offset, self.size)
+
+    def places(self) -> tuple[tuple[str, int], ...]:
+        """Replicas first."""
+        return tuple((place.segment_name, place.offset) for place in self._all())
+
+    def _all(self) -> list[_Place]:
+        return [*(self.replica_list or ()), *(self.gold or ())]
+
+
+class _Payload(Struct):
+    """The value as the original writes it."""
+
+    name: Name
+    size_list: tuple[Count, ...] | None = None
+    shards: list[_Shard] | None = None
+
+    def __post_init__(self) -> None:
+        size, held = sum(self.size_list or ()), sum(shard.size for shard in self.shards or ())
+        if size != held:
+            raise ValueError(f"shards of {held} bytes for buffers of {size}")
+        if size >= LARGEST_OBJECT:
+            raise ValueError(f"an object of {size} bytes")
+
+
+_read = Reader(_Payload, "object of the original's P2P Store")
 
 
 def find(store: MetadataStore, name: str) -> Checkpoint | None:
-    """The original's object of this name. Raises MetadataError."""
+    """The original's object of this name. Raises MalformedRecord, MetadataUnavailable."""
     text = store.get(PREFIX + name)
-    return None if text is None else Checkpoint.from_json(text, f"key {PREFIX + name!r} in {store.spec}")
+    return None if text is None else _named(text, name, store)
+
+
+def _named(text: str, name: str, store: MetadataStore) -> Checkpoint:
+    where = f"key {PREFIX + name!r} in {store.spec}"
+    found = Checkpoint.from_json(text, where)
+    if found.name != name:
+        raise MalformedRecord(f"{where} holds no object of that name, but {found.name!r}")
+    return found
 
 
 def list_originals(store: MetadataStore, prefix: str) -> list[ObjectInfo]:
-    """The original's objects whose names begin so. What is none is left out. Raises MetadataError."""
+    """The original's objects whose names begin so. What is none is left out. Raises MetadataUnavailable."""
     found = []
     for key, text in sorted(store.list(PREFIX + prefix).items()):
         try:
-            one = Checkpoint.from_json(text, key)
-        except MetadataError as error:
-            log.warning("%s", error)
+            one = _named(text, key.removeprefix(PREFIX), store)
+        except MalformedRecord as error:
+            warn_once(log, error)
             continue
         made = one.manifest()
         shards = len(one.shards)

@@ -28,7 +28,7 @@ def test_a_tensor_that_is_none_is_named(opener: Open) -> None:  # noqa: F811
         opener().register("o", {"weight": content(10), "lr": 0.1})
 
 
-@pytest.mark.parametrize("name", ["", None, 7, b"x", "x" * 513])
+@pytest.mark.parametrize("name", ["", None, 7, b"x", "x" * 513, "a\0b", "a\udcff"])
 def test_what_is_no_name_is_refused(opener: Open, name: Any) -> None:  # noqa: F811
     store = opener()
     with pytest.raises(ConfigError):

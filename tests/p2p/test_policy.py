@@ -7,12 +7,13 @@ import pytest
 from simulation import SHARD, Simulation
 
 from mooncake_hpc.errors import ConfigError, MetadataError
+from mooncake_hpc.names import check_name
 from mooncake_hpc.p2p.board import CLAIMS, Board, Place, board_size, by_source, read_board, source_id
 from mooncake_hpc.p2p.catalogue import Holder
 from mooncake_hpc.p2p.digests import ALGORITHMS, digest_size, hashers
 from mooncake_hpc.p2p.holders import STUCK, View
 from mooncake_hpc.p2p.layout import Layout, Memory, pair
-from mooncake_hpc.p2p.manifest import LARGEST, SMALLEST, Manifest, Part, by_name, check_name, choose_shard_size
+from mooncake_hpc.p2p.manifest import LARGEST, SMALLEST, Manifest, Part, by_name, choose_shard_size
 from mooncake_hpc.p2p.swarm import Swarm
 
 
@@ -196,7 +197,7 @@ def test_a_shard_that_no_reader_has_comes_before_others() -> None:
 
 def manifest(**changes: object) -> Manifest:
     values: dict[str, object] = {
-        "name": "a/b", "version": "v", "sizes": (10, 0, 5), "shard_size": 4, "algorithm": "sha256",
+        "name": "a/b", "version": "v", "sizes": (8, 0, 7), "shard_size": 4, "algorithm": "sha256",
         "digests": bytes(4 * 32), "kind": "tensors", "parts": (Part("x", "<f4", (2, 1)), Part("y"), Part("z")),
     }  # fmt: skip
     return Manifest(**{**values, **changes})  # type: ignore[arg-type]
@@ -225,11 +226,12 @@ def test_a_manifest_with_too_few_digests_is_refused() -> None:
 def test_record_there_and_back() -> None:
     for have in (bits(0, 3), bits(), bits(0, 1, 2, 3), bits(of=0)):
         one = Holder("h:1", "g", "host", (1 << 47, 4096), have, Place(4096, 7) if len(have) else None, ("other",), True)
-        again = Holder.from_json(one.to_json(), "k")
+        fits = manifest(sizes=(len(have), 0), shard_size=1, kind="buffers", parts=())
+        again = Holder.from_json(one.to_json(), "k", "h:1", fits)
         assert np.array_equal(again.have, have) and again.to_json() == one.to_json()
     for text in ("", "{}", one.to_json().replace('"shards":0', '"shards":"x"')):
         with pytest.raises(MetadataError):
-            Holder.from_json(text, "k")
+            Holder.from_json(text, "k", "h:1", fits)
 
 
 @pytest.mark.parametrize("shards", [1, 8, 63, 64, 65, 1000])
@@ -313,10 +315,10 @@ def test_shard_sizes() -> None:
 
 
 def test_names() -> None:
-    check_name("a/b c\n\0ü\udc80" * 4)
-    for name in ("", "x" * 600):
-        with pytest.raises(ConfigError):
-            check_name(name)
+    check_name("a/b c\nü😀" * 4, "a name")
+    for name in ("", "x" * 600, "ü" * 257, "a\0b", "a\udc80", 7, None):
+        with pytest.raises(ConfigError, match="a name"):
+            check_name(name, "a name")
     parts = (Part("a"), Part("b"))
     assert by_name(parts, {"b": 2, "a": 1}) == [1, 2]
     for given in ({"a": 1}, {"a": 1, "b": 2, "c": 3}):
