@@ -48,9 +48,9 @@ FLAGS = FlagSet(
             _flag("size", "The same in bytes; 0: file_size_mb.", "bytes"),
             _flag("seed", "Seed of the simulated model's content."),
             _flag("file", "Publish this file, or this folder of files, instead of a simulated model."),
-            _flag("out", "Write the object to this file or folder. It grows in OUT.partial and is moved into place once "
-                  "it is whole and verified; a pull that was stopped goes on where it was. A folder must be empty; links, "
-                  "devices and what other programs have made stay as they are."),
+            _flag("out", "Write the object to this file or folder. It grows in OUT.partial and is moved into place "
+                  "once it is whole and verified; a pull that was stopped goes on where it was. A folder must be "
+                  "empty; links, devices and what other programs have made stay as they are."),
             _flag("overwrite", "Replace the plain file that is at --out already."),
             _flag("shard_size", "Size of a shard; 0 chooses one.", "bytes"),
             _flag("digest", "Digest of the shards.", choices=ALGORITHMS),
