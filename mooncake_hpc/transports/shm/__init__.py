@@ -43,7 +43,7 @@ class ShmTransport(Transport):
         except AuthenticationError:
             connection.close()
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:  # MalformedRecord and RegistrationError are ValueErrors
             connection.close()
             raise PeerLost(f"segment {peer.name!r}: its shared memory cannot be mapped: {error}") from error
 

@@ -8,12 +8,11 @@ import socket
 import threading
 import time
 from bisect import bisect_right
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mooncake_hpc.errors import MooncakeError, PeerLost
+from mooncake_hpc.errors import MalformedRecord, MooncakeError, PeerLost
 from mooncake_hpc.kernels import lane as layout
 from mooncake_hpc.kernels import leader, ranges
 from mooncake_hpc.kernels import shm as native
@@ -30,14 +29,17 @@ SEIZE_TIMEOUT = 5_000_000_000  # ns for the lane's leader to notice that its map
 class Maps:
     """What a peer's registrations of one version look like from here."""
 
-    def __init__(self, reply: dict[str, Any], files: dict[int, MemoryFile]) -> None:
-        self.version = int(reply["version"])
+    def __init__(self, reply: handoff.Reply, files: dict[int, MemoryFile]) -> None:
+        """`files` are those of the reply, by serial. Raises MalformedRecord where one is not as large as it says."""
+        for serial, _, nbytes in reply.files:
+            if files[serial].nbytes != nbytes:
+                raise MalformedRecord(f"memory file {serial} has {files[serial].nbytes} bytes, not {nbytes}")
+        self.version = reply.version
         self.files = files
-        self.tables = Tables.of((int(a), int(a) + int(n), bool(readonly)) for a, n, readonly in reply["buffers"])
-        rows = [(int(a), files[int(serial)]) for serial, a, n in reply["files"]]
-        self._rows = sorted(rows, key=lambda row: row[0])
-        words = [value for start, file in rows for value in (start, file.nbytes, file.address)]
-        self.index: npt.NDArray[np.int64] = np.array([len(rows), *words], np.uint64).view(np.int64)
+        self.tables = Tables.of((address, address + nbytes, readonly) for address, nbytes, readonly in reply.buffers)
+        self._rows = sorted(((address, files[serial]) for serial, address, _ in reply.files), key=lambda row: row[0])
+        words = [value for start, file in self._rows for value in (start, file.nbytes, file.address)]
+        self.index: npt.NDArray[np.int64] = np.array([len(self._rows), *words], np.uint64).view(np.int64)
 
     def view(self, address: int, nbytes: int) -> Bytes | None:
         """The peer's `nbytes` bytes at `address`, read-only, if they are registered and lie in one file."""
@@ -119,7 +121,7 @@ class ShmLane(Lane):
         with self._sync_lock:
             try:
                 self.maps = self._exchange(self.maps.files)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError) as error:  # MalformedRecord and RegistrationError are ValueErrors
                 self.last_error = f"the peer does not hand over its memory: {error}"
                 raise PeerLost(f"{self.peer}: {self.last_error}") from error
             self._install()
@@ -131,16 +133,23 @@ class ShmLane(Lane):
 
     def _exchange(self, known: dict[int, MemoryFile]) -> Maps:
         handoff.send(self._socket, {"have": list(known)}, [])
-        reply = handoff.receive(self._socket)
+        reply = handoff.receive(self._socket, handoff.read_reply)
         if reply is None:
             raise ConnectionResetError("the peer closed the connection")
         handoff.check_admitted(reply, self._expected)
-        if reply["page"]:
-            self._page = MemoryFile.attach(handoff.receive_fd(self._socket))
-        files = {int(serial): known.get(int(serial)) for serial, _, _ in reply["files"]}
-        for serial in reply["new"]:
-            files[int(serial)] = MemoryFile.attach(handoff.receive_fd(self._socket))
-        return Maps(reply, {serial: file for serial, file in files.items() if file is not None})
+        if reply.page != (self._page is None):
+            raise MalformedRecord("the page comes once, with the first answer")
+        if self._page is None:
+            page = MemoryFile.attach(handoff.receive_fd(self._socket))
+            if page.nbytes != native.PAGE_BYTES:
+                raise MalformedRecord(f"the page has {page.nbytes} bytes, not {native.PAGE_BYTES}")
+            self._page = page
+        files = {serial: known[serial] for serial, _, _ in reply.files if serial in known}
+        for serial in reply.new:
+            files[serial] = MemoryFile.attach(handoff.receive_fd(self._socket))
+        if missing := [serial for serial, _, _ in reply.files if serial not in files]:
+            raise MalformedRecord(f"memory file {missing[0]} was not handed over")
+        return Maps(reply, files)
 
 
 class ShmRoute(Route):

@@ -13,15 +13,61 @@ import json
 import os
 import socket
 import struct
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from msgspec import Meta, Struct
 
 from mooncake_hpc.authentication import Authentication, Expected, Purpose, Reason, refusal
+from mooncake_hpc.decode import Address, Count, Length, Positive, Reader, Text, check_range
+from mooncake_hpc.errors import MalformedRecord
+from mooncake_hpc.segment import MAX_BUFFERS
 
 HELLO_BYTES = 1 << 10  # longest frame of a client that has proved nothing yet
 LENGTH = struct.Struct("<I")
 WHERE = "its shared-memory socket"  # for messages
-MAX_FRAME = 64 << 20
+MAX_FRAME, MAX_REQUEST = 64 << 20, 2 << 20  # bytes
+MAX_FILES = 65536  # as many as Linux lets a process map (vm.max_map_count)
 TIMEOUT = 20.0  # seconds for one exchange: a peer that compiles its kernels on a loaded machine takes several
+
+T = TypeVar("T")
+_Hex = Annotated[str, Meta(pattern="^([0-9a-f]{2}){0,128}$")]
+
+
+class Request(Struct):
+    """What a client sends: the files that it has already, or a step of the authentication."""
+
+    have: Annotated[tuple[Count, ...], Meta(max_length=MAX_FILES)] | None = None
+    hello: _Hex | None = None
+    proof: _Hex | None = None
+
+
+class Reply(Struct):
+    """What a server sends: all its buffers, as (address, bytes, whether read-only), and the files in which they lie, as
+    (serial, address, bytes). Descriptors follow, of the shared page where `page` says so, and of the `new` files.
+    """
+
+    version: Count = 0
+    page: bool = False
+    files: Annotated[tuple[tuple[Count, Address, Positive], ...], Meta(max_length=MAX_FILES)] = ()
+    new: Annotated[tuple[Count, ...], Meta(max_length=MAX_FILES)] = ()
+    buffers: Annotated[tuple[tuple[Address, Length, bool], ...], Meta(max_length=MAX_BUFFERS)] = ()
+    challenge: _Hex | None = None
+    refused: Text | None = None
+
+    def __post_init__(self) -> None:
+        serials = {serial for serial, _, _ in self.files}
+        if len(serials) != len(self.files) or len(set(self.new)) != len(self.new):
+            raise ValueError("a file is named twice")
+        if not serials.issuperset(self.new):
+            raise ValueError("a new file is none of the files")
+        for _, address, nbytes in self.files:
+            check_range(address, nbytes)
+        for address, nbytes, _ in self.buffers:
+            check_range(address, nbytes)
+
+
+read_request = Reader(Request, "request for memory files", MAX_REQUEST)
+read_reply = Reader(Reply, "list of memory files", MAX_FRAME)
 
 
 def peer_is_ours(connection: socket.socket) -> bool:
@@ -39,16 +85,16 @@ def send(connection: socket.socket, value: Any, fds: list[int]) -> None:
         connection.sendmsg([b"\0"], rights)
 
 
-def receive(connection: socket.socket, limit: int = MAX_FRAME) -> Any:
-    """The next JSON value, None at the end. Raises OSError, ValueError."""
+def receive(connection: socket.socket, read: Reader[T], limit: int = MAX_FRAME) -> T | None:
+    """The next message, None at the end. Raises OSError, MalformedRecord."""
     head = _exactly(connection, LENGTH.size)
     if head is None:
         return None
     (size,) = LENGTH.unpack(head)
     if size > limit:
-        raise ValueError(f"a frame of {size} bytes")
+        raise MalformedRecord(f"a frame of {size} bytes is above the limit of {limit}")
     data = _exactly(connection, size)
-    return None if data is None else json.loads(data)
+    return None if data is None else read(data, "a frame")
 
 
 def prove(connection: socket.socket, expected: Expected) -> None:
@@ -61,31 +107,30 @@ def prove(connection: socket.socket, expected: Expected) -> None:
     exchange = expected.open(Purpose.SHM, WHERE)
     try:
         send(connection, {"hello": exchange.nonce.hex()}, [])
-        reply = receive(connection, HELLO_BYTES)
+        reply = receive(connection, read_reply, HELLO_BYTES)
     except ConnectionError:
         reply = None
-    if not isinstance(reply, dict) or not isinstance(challenge := reply.get("challenge"), str):
+    if reply is None or reply.challenge is None:
         raise refusal(exchange.peer, Reason.NO_SECRET_THERE)
-    send(connection, {"proof": exchange.prove(bytes.fromhex(challenge)).hex()}, [])
+    send(connection, {"proof": exchange.prove(bytes.fromhex(reply.challenge)).hex()}, [])
 
 
-def check_admitted(reply: Any, expected: Expected) -> None:
+def check_admitted(reply: Reply, expected: Expected) -> None:
     """Raise AuthenticationError where the server's reply to our first request is a refusal."""
-    if isinstance(reply, dict) and "refused" in reply:
+    if reply.refused is not None:
         reason = Reason.SECRETS_DIFFER if expected.authentication.required else Reason.NO_SECRET_HERE
         raise refusal(expected.at(WHERE), reason)
 
 
 def admit(connection: socket.socket, authentication: Authentication) -> bool:
     """As the server: whether the client has proved that it knows our secret. Raises as `receive`."""
-    hello = receive(connection, HELLO_BYTES)
-    try:
-        exchange = authentication.answer(Purpose.SHM, bytes.fromhex(hello["hello"]))
+    hello = receive(connection, read_request, HELLO_BYTES)
+    if hello is not None and hello.hello is not None:
+        exchange = authentication.answer(Purpose.SHM, bytes.fromhex(hello.hello))
         send(connection, {"challenge": exchange.challenge.hex()}, [])
-        if exchange.admits(bytes.fromhex(receive(connection, HELLO_BYTES)["proof"])):
+        answer = receive(connection, read_request, HELLO_BYTES)
+        if answer is not None and answer.proof is not None and exchange.admits(bytes.fromhex(answer.proof)):
             return True
-    except (ValueError, KeyError, TypeError):  # no such fields
-        pass
     refuse(connection)
     return False
 

@@ -156,8 +156,10 @@ class ShmServer:
             if self._admits(client):
                 while self._answer(client):
                     pass
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, MooncakeError) as error:
+        except (OSError, MooncakeError) as error:
             log.debug("shared memory: client dropped: %s", error)
+        except Exception:
+            log.exception("shared memory: client dropped")
         finally:
             self._forget(client)
 
@@ -181,13 +183,13 @@ class ShmServer:
         client.connection.settimeout(None)
         client.connection.recv(1, socket.MSG_PEEK)
         client.connection.settimeout(handoff.TIMEOUT)
-        request = handoff.receive(client.connection)
+        request = handoff.receive(client.connection, handoff.read_request)
         if request is None:
             return False
-        if "hello" in request:  # it has a secret, and we have none
+        if request.hello is not None:  # it has a secret, and we have none
             handoff.refuse(client.connection)
             return False
-        reply, fds = self._describe(client, {int(serial) for serial in request["have"]})
+        reply, fds = self._describe(client, set(request.have or ()))
         try:
             handoff.send(client.connection, reply, fds)
         finally:
@@ -204,7 +206,7 @@ class ShmServer:
             first = not client.greeted
             client.greeted = True
             # duplicates: a file may be closed while its descriptor is on the way
-            fds = [os.dup(fd) for fd in [client.page.fd] * first + [files[serial].fd for serial in new]]
+            fds = _duplicates([client.page.fd] * first + [files[serial].fd for serial in new])
             reply = {
                 "version": self._version,
                 "page": first,
@@ -213,3 +215,16 @@ class ShmServer:
                 "buffers": [[r.address, r.length, r.readonly_for_peers] for r in usable],
             }
             return reply, fds
+
+
+def _duplicates(fds: Sequence[int]) -> list[int]:
+    """A new descriptor for each; none where they cannot all be had. Raises OSError."""
+    made: list[int] = []
+    try:
+        for fd in fds:
+            made.append(os.dup(fd))
+    except OSError:
+        for fd in made:
+            os.close(fd)
+        raise
+    return made
