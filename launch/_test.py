@@ -52,7 +52,7 @@ def parts(fast: bool, mpirun: str, openmpi: str, pythons: list[str], extra: list
     ruff = [python, "-m", "ruff"]
     pytest = ["-m", "pytest", "-q", *extra]
     result = [Part("lint", [[*ruff, "check", "."], [*ruff, "format", "--check", "."], [python, "-m", "mypy"]], 300)]
-    others = [f"--ignore=tests/{folder}" for folder in ("fuzz", "mpi", "p2p", "rdma", "slurm")]
+    others = [f"--ignore=tests/{folder}" for folder in ("fuzz", "mpi", "p2p", "rdma", "slurm", "soak")]
     for name, marks in {"unit": "not interop", "interop": "interop"}.items():
         if not (fast and name == "interop"):
             chosen = ["-m", "not slow and not interop" if fast else marks]
@@ -61,7 +61,7 @@ def parts(fast: bool, mpirun: str, openmpi: str, pythons: list[str], extra: list
     p2p = [python, *pytest, *(["-m", "not slow"] if fast else []), "--durations=8", "tests/p2p"]
     result.append(Part("p2p", [[*p2p, "--junitxml", str(OUT / "p2p" / "r.xml")]], 600))
     if not fast:
-        fuzz = [python, *pytest, "--durations=8", "tests/fuzz", "--junitxml", str(OUT / "fuzz" / "r.xml")]
+        fuzz = [python, *pytest, "--durations=8", "tests/fuzz", "tests/soak", "--junitxml", str(OUT / "fuzz" / "r.xml")]
         result.append(Part("fuzz", [fuzz], 400))
         slurm = [python, *pytest, "--durations=8", "tests/slurm", "--junitxml", str(OUT / "slurm" / "r.xml")]
         result.append(Part("slurm", [slurm], 600))
