@@ -12,7 +12,7 @@ from conftest import ROOT, clean_env
 README = (ROOT / "README.md").read_text()
 
 
-EXAMPLES = dict(zip(("p2p", "engine"), re.findall(r"```python\n(.*?)```", README, re.DOTALL), strict=True))
+EXAMPLES = dict(zip(("engine", "p2p"), re.findall(r"```python\n(.*?)```", README, re.DOTALL), strict=True))
 PRINTED = {"p2p": "equal: True\n", "engine": "equal: True over shm+tcp\n"}
 
 
@@ -29,6 +29,12 @@ def test_the_examples_run(name: str) -> None:
     )
     assert result.returncode == 0, result
     assert result.stdout == PRINTED[name]
+
+
+def test_it_is_short() -> None:
+    assert README.count("\n") <= 120
+    paragraphs = re.split(r"\n\n|\n- |\n\|", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+    assert max(len(paragraph.split()) for paragraph in paragraphs) <= 60
 
 
 def test_files_that_it_names_exist() -> None:
