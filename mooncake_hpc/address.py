@@ -45,7 +45,7 @@ def split(name: str, default_port: int) -> tuple[str, int]:
         raise ConfigError(f"address {name!r} has no host; expected host:port")
     if port is None:
         return host, default_port
-    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+    if not (port.isascii() and port.isdecimal() and len(port) < 9 and 0 < int(port) < 65536):
         raise ConfigError(f"address {name!r}: the port must be a number from 1 to 65535")
     return host, int(port)
 
@@ -55,21 +55,34 @@ def join(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def look_up(host: str, port: int | None, flags: int = 0) -> list[Any]:
+    """`getaddrinfo`'s entries for TCP. Raises OSError, also for a text that cannot be a host name.
+
+    Such a text has an empty label or one of more than 63 characters, a surrogate, or NUL.
+    """
+    try:
+        if "\0" not in host:
+            return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    except UnicodeError:
+        pass
+    raise socket.gaierror(socket.EAI_NONAME, f"{host[:80]!r} is not a host name")
+
+
 def resolve(host: str, port: int, timeout: float = RESOLVE_TIMEOUT, ipv6_first: bool = False) -> list[Any]:
     """`getaddrinfo`'s entries for TCP, under a deadline of `timeout` seconds.
 
     Raises OSError (`socket.gaierror`, or TimeoutError when the name service does not answer).
     """
     try:
-        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        return look_up(host, port, socket.AI_NUMERICHOST)
     except socket.gaierror:
         pass  # not a literal address
     answer: list[Any] = []
 
     def ask() -> None:
         try:
-            answer.append(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except (OSError, UnicodeError) as error:  # UnicodeError: an empty or too long label
+            answer.append(look_up(host, port))
+        except Exception as error:
             answer.append(error)
 
     asking = threading.Thread(target=ask, name="mooncake-resolve", daemon=True)  # getaddrinfo has no deadline
@@ -77,10 +90,8 @@ def resolve(host: str, port: int, timeout: float = RESOLVE_TIMEOUT, ipv6_first: 
     asking.join(timeout)
     if not answer:
         raise TimeoutError(errno.ETIMEDOUT, f"no answer about the host name {host!r} within {timeout:g} s")
-    if isinstance(answer[0], OSError):
+    if isinstance(answer[0], Exception):
         raise answer[0]
-    if isinstance(answer[0], UnicodeError):
-        raise socket.gaierror(socket.EAI_NONAME, f"{host!r} is not a host name")
     entries: list[Any] = answer[0]
     return sorted(entries, key=lambda entry: (entry[0] == socket.AF_INET6) != ipv6_first)
 

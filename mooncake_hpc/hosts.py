@@ -39,7 +39,7 @@ def _own_addresses() -> Iterator[str]:
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
         for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
+            request = struct.pack("256s", os.fsencode(name)[:15])
             with contextlib.suppress(OSError):
                 answer = fcntl.ioctl(query, 0x8915, request)  # SIOCGIFADDR, netdevice(7)
                 address = socket.inet_ntoa(answer[20:24])

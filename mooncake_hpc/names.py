@@ -18,12 +18,20 @@ def check_name(name: object, what: str) -> None:
 
 def check_text(text: str, what: str, longest: int = LONGEST_NAME) -> None:
     """As `check_name`, of a text that may be empty, such as the beginning of a name."""
-    shown = f"{what} {text[:40]!r}" + ("…" if len(text) > 40 else "")
-    try:
-        length = len(text.encode())
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"{shown} holds a lone surrogate, as bytes that are not UTF-8 do") from error
+    length = check_unicode(text, what)
     if length > longest:
-        raise ConfigError(f"{shown} has {length} bytes: 1 to {longest} are possible")
+        raise ConfigError(f"{what} {_shown(text)} has {length} bytes: 1 to {longest} are possible")
     if "\0" in text:
-        raise ConfigError(f"{shown} holds a NUL character")
+        raise ConfigError(f"{what} {_shown(text)} holds a NUL character")
+
+
+def check_unicode(text: str, what: str) -> int:
+    """The bytes of `text` in UTF-8. Raises ConfigError for one that holds surrogates."""
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{what} {_shown(text)} holds a lone surrogate, as bytes that are not UTF-8 do") from error
+
+
+def _shown(text: str) -> str:
+    return repr(text[:40]) + ("…" if len(text) > 40 else "")

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import platform
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +168,7 @@ def parse(text: str, where: str) -> Topology:
     """A matrix out of its JSON. `where` names the source in the ConfigError of what is none."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is no JSON: {error}") from error
     if not isinstance(value, dict) or not value:
         raise ConfigError(f'{where} is no object like {{"cpu:0": [["mlx5_0"], ["mlx5_1"]]}}')
@@ -182,7 +183,7 @@ def _choices(entry: object, where: str) -> Choices:
     lists = entry if isinstance(entry, list) else []
     right = 1 <= len(lists) <= 2 and all(isinstance(names, list) for names in lists)
     if not right or not all(isinstance(name, str) and name for names in lists for name in names):
-        raise ConfigError(f"{where}: expected [[near devices], [other devices]], not {json.dumps(entry)}")
+        raise ConfigError(f"{where}: expected [[near devices], [other devices]], not {reprlib.repr(entry)}")
     near = tuple(dict.fromkeys(lists[0]))
     return near, tuple(name for name in dict.fromkeys(lists[-1]) if name not in near)
 

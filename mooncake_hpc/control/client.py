@@ -21,6 +21,7 @@ from mooncake_hpc.errors import (
     PeerLost,
     TransferError,
 )
+from mooncake_hpc.names import check_text, check_unicode
 from mooncake_hpc.segment import Ours, SegmentDescriptor
 from mooncake_hpc.settings import Settings
 
@@ -146,8 +147,10 @@ def notify(
 ) -> None:
     """Hand `text` from the segment `name` to the process at `address`.
 
-    Raises PeerLost; TransferError when the peer refuses it.
+    Raises PeerLost; TransferError when the peer refuses it; ConfigError for what is no text.
     """
+    check_text(name, "the sender's name")
+    check_unicode(text, "a notification")
     answer = exchange(address, Kind.NOTIFY, {"name": name, "notify_msg": text}, timeout, settings, expected)
     try:
         taken = _read_notify(answer, "the reply").notify_msg

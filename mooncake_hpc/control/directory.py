@@ -28,6 +28,7 @@ from mooncake_hpc.errors import (
     SegmentNotFound,
 )
 from mooncake_hpc.metadata.base import MetadataStore
+from mooncake_hpc.names import check_name, check_text
 from mooncake_hpc.segment import OURS, Ours, SegmentDescriptor
 from mooncake_hpc.settings import Settings
 
@@ -87,13 +88,13 @@ class Directory:
         authentication: Authentication | None = None,
     ) -> None:
         self.name = name.removeprefix("/") if store is not None else join(rpc_host, rpc_port)
-        if not self.name:
-            raise ConfigError("the local server name is empty")
+        check_name(self.name, "the local server name")
         self._store = store
         self._settings = settings
         self._authentication = authentication or Authentication()
         self._own = RpcRecord(rpc_host, rpc_port, generation)
         cluster = settings.metadata_cluster_id
+        check_text(cluster, "MC_METADATA_CLUSTER_ID")
         self._prefix = "mooncake/" + (cluster if not cluster or cluster.endswith("/") else cluster + "/")
         self._lock = threading.Lock()
         self._published = ""  # the descriptor as it was published last
@@ -123,10 +124,10 @@ class Directory:
     def lookup(self, name: str) -> SegmentDescriptor:
         """The present descriptor of a segment, never from a cache.
 
-        Raises SegmentNotFound, MetadataUnavailable, or MetadataError for a malformed value. Without a store the segment
-        itself is asked: AuthenticationError.
+        Raises SegmentNotFound, MetadataUnavailable, MalformedRecord; ConfigError for what cannot be a name. Without a
+        store the segment itself is asked: AuthenticationError.
         """
-        name = name.removeprefix("/")
+        name = _plain(name)
         if self._store is None:
             try:
                 anybody = self._authentication.expect()
@@ -143,13 +144,13 @@ class Directory:
 
     def rpc_address(self, name: str) -> str:
         """`host:port` of a segment's RPC port. Raises as `lookup`."""
-        record = self._rpc_record(name.removeprefix("/"))
+        record = self._rpc_record(_plain(name))
         return join(record.host, record.port)
 
     def probe(self, name: str, timeout: float) -> client.ProbeReply:
         """Ask the process behind a segment whether it lives. Raises PeerLost, and as `lookup`."""
-        record = self._rpc_record(name.removeprefix("/"))
-        return self._probe(name.removeprefix("/"), record, timeout)
+        record = self._rpc_record(_plain(name))
+        return self._probe(_plain(name), record, timeout)
 
     def data_endpoint(self, descriptor: SegmentDescriptor) -> tuple[str, int]:
         """Host and port of a segment's TCP data port, also where an old version of the original did not
@@ -259,3 +260,10 @@ class Directory:
 
     def _segment_key(self, name: str) -> str:
         return self._prefix + (name if "/" in name else f"ram/{name}")
+
+
+def _plain(name: str) -> str:
+    """The name without Mooncake's slash. Raises ConfigError for what cannot be one."""
+    name = name.removeprefix("/")
+    check_name(name, "a segment's name")
+    return name

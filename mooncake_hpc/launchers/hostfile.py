@@ -7,7 +7,7 @@ import re
 from mooncake_hpc.errors import ConfigError
 from mooncake_hpc.launchers.base import Host
 
-LINE = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)(:(?P<colon>\d+)|(?P<words>(\s+[\w-]+=\S+)*))")
+LINE = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)(:(?P<colon>\d{1,6})|(?P<words>(\s+[\w-]+=\S+)*))")
 
 
 def parse(text: str, where: str = "the host file") -> tuple[Host, ...]:
@@ -33,4 +33,5 @@ def _slots(match: re.Match[str]) -> str:
     if match["colon"]:
         return match["colon"]
     words = dict(word.split("=", 1) for word in (match["words"] or "").split())
-    return words.get("slots", "1") if words.get("slots", "1").isdigit() else "0"
+    slots = words.get("slots", "1")
+    return slots if slots.isdecimal() and len(slots) <= 6 else "0"

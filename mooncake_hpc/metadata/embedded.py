@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from mooncake_hpc.address import look_up
 from mooncake_hpc.errors import ConfigError, MetadataError
 from mooncake_hpc.metadata import _supervisor
 from mooncake_hpc.settings import Settings
@@ -212,7 +213,7 @@ class EmbeddedEtcd:
 def _resolve(host: str) -> tuple[socket.AddressFamily, str]:
     """The address to bind: etcd takes no names. ConfigError where `host` has none."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, address = look_up(host, None)[0]
     except OSError as error:
         raise ConfigError(f"the embedded etcd cannot listen on {host!r}: {error}") from error
     return family, str(address[0])

@@ -172,6 +172,7 @@ class Catalogue:
 
     def __init__(self, store: MetadataStore, cluster: str) -> None:
         self.store = store
+        check_text(cluster, "MC_METADATA_CLUSTER_ID")
         self._root = "mooncake_hpc/p2p/" + (f"{cluster.rstrip('/')}/" if cluster else "")
 
     def prefix(self, name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import select
 import socket
 import threading
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 1024
 GRACE = 1.0  # seconds a peer may still use memory that is being unregistered before its connection is cut
 MAX_FENCED = 65536  # ids of fenced connections that are remembered
+FENCED_LIFE_S = 3600.0  # a connection that was not accepted for so long is its client's no more
+IDENTITY = re.compile("[0-9a-f]{14}")
 LINGER = 1.0  # seconds to take what a refused client still sends
 SILENT = 0.5  # seconds without a request after which a connection may be cut to make room for another
 PAUSE = 0.05  # seconds until what could not be had is tried again
@@ -114,7 +117,7 @@ class TcpServer:
         self._lock = threading.Condition()  # told of ends of connections with an id
         self._threads: dict[ServerThread, None] = {}
         self._named: dict[str, ServerThread] = {}
-        self._fenced: dict[str, None] = {}
+        self._fenced: dict[str, float] = {}  # when, by time.monotonic(); oldest first
         self._totals = [0, 0]  # of threads that have ended
         self._backlog = select.poll()  # tells whether a client waits to be accepted
         self._backlog.register(listener, select.POLLIN)
@@ -136,14 +139,23 @@ class TcpServer:
 
     def fence(self, identity: str, timeout: float) -> bool:
         """End the data connection of this id, now or whenever it shows up; whether it has ended."""
+        if not IDENTITY.fullmatch(identity):
+            return True  # no connection has such an id, or ever will
         with self._lock:
-            self._fenced[identity] = None
-            if len(self._fenced) > MAX_FENCED:
-                del self._fenced[next(iter(self._fenced))]
+            self._remember(identity, time.monotonic())
             if (server := self._named.get(identity)) is None:
                 return True
             server.stop(server.serial)  # named: it has not ended
             return self._lock.wait_for(lambda: self._named.get(identity) is not server, timeout)
+
+    def _remember(self, identity: str, now: float) -> None:
+        """Keep the id as that of a fenced connection, and none for longer than that may still show up."""
+        self._fenced.pop(identity, None)
+        self._fenced[identity] = now
+        oldest = next(iter(self._fenced))
+        while len(self._fenced) > MAX_FENCED or now - self._fenced[oldest] > FENCED_LIFE_S:
+            del self._fenced[oldest]
+            oldest = next(iter(self._fenced))
 
     @property
     def moved(self) -> tuple[int, int]:
