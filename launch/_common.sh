@@ -12,6 +12,47 @@ show_help() { sed -n '2,/^set /s/^# \?//p' "$0"; }
 usage() { show_help >&2; exit 2; }
 help_if_asked() { case "${1:-}" in -h | -help | --help) show_help; exit 0 ;; esac; }
 
+# locked FILE SECONDS COMMAND…: run it in a subshell while no other process has FILE locked. By flock(1); where the file
+# system has no locks, as Lustre mounted without -o flock, by a link FILE.owner that says who made it.
+locked() {
+    local file=$1 seconds=$2
+    shift 2
+    mkdir -p "$(dirname "$file")"
+    (
+        code=0
+        flock -E 75 -w "$seconds" 9 2>/dev/null || code=$?
+        case $code in
+            0) ;;
+            75) die "another process has held $file for $seconds s" ;;
+            *) own_link "$file.owner" "$seconds" ;;
+        esac
+        "$@"
+    ) 9>>"$file"
+}
+
+# own_link LINK SECONDS: make it when nobody has it, and remove it when this subshell ends. A process of this machine that
+# has ended has nothing; of another machine's that cannot be told from here.
+own_link() {
+    local link=$1 until=$((SECONDS + $2)) me=$BASHPID owner machine process started
+    while ! ln -sn "$(machine):$me:$(start_of "$me"):$(hostname)" "$link" 2>/dev/null; do
+        owner=$(readlink "$link") || { [ -w "$(dirname "$link")" ] || die "$(dirname "$link") cannot be written"; continue; }
+        IFS=: read -r machine process started _ <<<"$owner"
+        if [ "$machine" = "$(machine)" ] && [ "$(start_of "$process")" != "$started" ] && mkdir "$link.removed" 2>/dev/null; then
+            [ "$(readlink "$link")" != "$owner" ] || rm -f "$link"
+            rmdir "$link.removed"
+            continue
+        fi
+        find "$link.removed" -maxdepth 0 -mmin +1 -exec rmdir {} + 2>/dev/null || true  # its maker was killed
+        [ $SECONDS -lt $until ] || die "process $process of host ${owner##*:} has held $link for $2 s; if it has ended, remove $link"
+        sleep 0.2
+    done
+    trap "rm -f $(printf %q "$link")" EXIT
+}
+
+machine() { cat /proc/sys/kernel/random/boot_id; }
+# start_of PROCESS: when it started; nothing where it has ended.
+start_of() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | awk '$1 !~ /[ZX]/ {print $20}'; }
+
 # apt_install PACKAGE…: only as root, and only where apt-get exists.
 apt_install() {
     command -v apt-get >/dev/null || die "please install: $*"

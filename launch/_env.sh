@@ -57,15 +57,16 @@ set_up_venv() {
     stamp=$VENV/.mooncake-stamp
     want="$(sha256sum <"$ROOT/pyproject.toml" | cut -c1-16) $MPI $ROOT"
     [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && [ -x "$PY" ] && return
-    mkdir -p "$STATE"
-    (
-        flock -w 900 9 || die "another set-up holds $STATE/setup.lock"
-        [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && [ -x "$PY" ] && exit 0
-        say "setting up $VENV (once)"
-        "$PY" -m pip --version >/dev/null 2>&1 || make_venv "$VENV" || exit 1
-        pip_install "$PY" -e "$ROOT[test]" "${MPI_PACKAGE[@]}"
-        echo "$want" >"$stamp"
-    ) 9>"$STATE/setup.lock" || exit 1
+    locked "$STATE/setup.lock" 900 make_this_venv "$stamp" "$want" || exit 1
+}
+
+# make_this_venv STAMP WORDS: unless another process has done so meanwhile.
+make_this_venv() {
+    [ "$(cat "$1" 2>/dev/null)" = "$2" ] && [ -x "$PY" ] && return
+    say "setting up $VENV (once)"
+    "$PY" -m pip --version >/dev/null 2>&1 || make_venv "$VENV" || exit 1
+    pip_install "$PY" -e "$ROOT[test]" "${MPI_PACKAGE[@]}"
+    echo "$2" >"$1"
 }
 
 set_up_venv
@@ -73,13 +74,16 @@ MPIRUN=$VENV/bin/mpirun
 [ -x "$MPIRUN" ] || MPIRUN=$(command -v mpirun || true)
 
 # Compiled kernels are kept per version of their sources, so that a checkout never runs stale ones; compiled once,
-# before the first of a version's processes needs them all at the same time. Each Python has its own.
-if [ -z "${NUMBA_CACHE_DIR:-}" ]; then
-    NUMBA_CACHE_DIR=$STATE/numba-$(cat "$ROOT"/mooncake_hpc/kernels/*.py | sha256sum | cut -c1-12)
-    export NUMBA_CACHE_DIR
+# before the first of a version's processes needs them all at the same time. Each Python has its own. Where others can
+# write to the checkout the kernels are kept in the home folder: mooncake_hpc/kernels/folder.py.
+kernels=$(cat "$ROOT"/mooncake_hpc/kernels/*.py | sha256sum | cut -c1-12)
+if [ -z "${NUMBA_CACHE_DIR:-}" ] && [ -z "$(find "$ROOT" "$STATE" -maxdepth 0 -perm /022)" ]; then
+    export NUMBA_CACHE_DIR=$STATE/numba-$kernels
 fi
-warmed=$NUMBA_CACHE_DIR/warm-$(basename "$(readlink -f "$PY")").done
+warmed=${NUMBA_CACHE_DIR:-$STATE/numba-$kernels}/warm-$(basename "$(readlink -f "$PY")").done
 if [ ! -e "$warmed" ]; then
     say "compiling kernels (once)"
-    "$PY" -P -m mooncake_hpc warm >&2 && touch "$warmed"
+    if "$PY" -P -m mooncake_hpc warm >&2; then
+        { mkdir -m 700 -p "$(dirname "$warmed")" && touch "$warmed"; } 2>/dev/null || true
+    fi
 fi

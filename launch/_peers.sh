@@ -4,7 +4,7 @@ PEER_PACKAGE=mooncake-transfer-engine-non-cuda
 
 # set_up_peers VERSION…: installs what is missing, and the system libraries that the original needs.
 set_up_peers() {
-    (flock -w 900 9 && _set_up_peers "$@") 9>"$STATE/peers.lock"
+    locked "$STATE/peers.lock" 900 _set_up_peers "$@"
 }
 
 _set_up_peers() {

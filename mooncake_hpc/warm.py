@@ -1,25 +1,32 @@
-"""Compile every kernel that a job uses into numba's cache, once on each node, before its ranks start.
+"""Compile every kernel that a job uses and keep it, once on each node, before its ranks start.
 
 Without this all ranks of a node would compile the same kernels at the same time on their first transfer.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import importlib.util
+import logging
 import os
 import time
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 
 from mooncake_hpc.engine import TransferEngine
-from mooncake_hpc.kernels import xxh3
+from mooncake_hpc.errors import LockHeld
+from mooncake_hpc.filelock import FileLock
+from mooncake_hpc.kernels import files, xxh3
+from mooncake_hpc.kernels.folder import kernel_folder
 from mooncake_hpc.memory import data_address
 from mooncake_hpc.workers.pool import WorkerPool
 
+log = logging.getLogger(__name__)
+
 SIZE = 64 << 10  # bytes moved by each transport: the kernels do not care
 TIMEOUT = 60.0  # seconds for each transfer
+LOCK_TIMEOUT_S = 300.0
 
 
 def warm() -> float:
@@ -28,8 +35,9 @@ def warm() -> float:
     Others that warm the same cache wait for the first one. Raises what the engine raises.
     """
     begin = time.monotonic()
-    with open(_lock_file(), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = kernel_folder()
+    with _one_at_a_time(folder):
+        files.remove_unfinished(folder)
         for protocol in ("tcp", "shm"):
             transfer(protocol)
         if importlib.util.find_spec("pyverbs") is not None:
@@ -38,10 +46,16 @@ def warm() -> float:
     return time.monotonic() - begin
 
 
-def _lock_file() -> Path:
-    folder = Path(os.environ.get("NUMBA_CACHE_DIR") or f"/tmp/mooncake-hpc-{os.getuid()}")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / "warm.lock"
+@contextlib.contextmanager
+def _one_at_a_time(folder: str) -> Iterator[None]:
+    """Wait for others that warm the same folder, but not for ever: the lock only saves work that is done twice."""
+    with contextlib.ExitStack() as held:
+        if folder:
+            try:
+                held.enter_context(FileLock(os.path.join(folder, "warm.lock"), timeout_s=LOCK_TIMEOUT_S))
+            except (LockHeld, OSError) as error:  # OSError: a full disk, or a folder that cannot be written
+                log.info("kernels are compiled without a lock: %s", error)
+        yield
 
 
 def transfer(protocol: str) -> None:

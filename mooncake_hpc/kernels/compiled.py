@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
-import os
 import time
-import warnings
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -15,12 +12,9 @@ from typing import Any
 from numba import njit, types
 from numba.core.ccallback import CFunc
 
-log = logging.getLogger(__name__)
+from mooncake_hpc.kernels.cache import KernelCache
 
-SOURCES = sorted(
-    (file.name, int(file.stat().st_mtime), file.stat().st_size) for file in os.scandir(os.path.dirname(__file__))
-    if file.name.endswith(".py")
-)  # fmt: skip
+log = logging.getLogger(__name__)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -34,12 +28,9 @@ def brief(function: Callable[..., Any]) -> Any:
 
 
 def _compile(function: Callable[..., Any], nogil: bool) -> Any:
-    try:
-        dispatcher: Any = njit(nogil=nogil, cache=True)(function)
-    except RuntimeError as error:  # "cannot cache function ...: no locator available"
-        warnings.warn(f"numba kernels are compiled anew in this process: {error}", stacklevel=3)
-        dispatcher = njit(nogil=nogil)(function)
-    _stamp(dispatcher)
+    dispatcher: Any = njit(nogil=nogil)(function)
+    # as `enable_caching` sets its own (numba 0.60 to 0.68)
+    dispatcher._cache = KernelCache(function)
     specialize = dispatcher.compile
 
     def compile_plain(kinds: Any) -> Any:
@@ -50,12 +41,10 @@ def _compile(function: Callable[..., Any], nogil: bool) -> Any:
     return dispatcher
 
 
-def _stamp(dispatcher: Any) -> None:
-    """Have a cached kernel count as old when any kernel's file has changed: numba looks at its own file alone, while
-    what it calls is compiled into it. (Attributes as of numba 0.60 to 0.68; without them numba's own rule holds.)"""
-    index: Any = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
-    if hasattr(index, "_source_stamp"):
-        index._source_stamp = (index._source_stamp, *SOURCES)
+def kept(callback: Any) -> Any:
+    """Have a C function of numba's kept as kernels are; returns it."""
+    callback._cache = KernelCache(callback.__wrapped__, "-entry")
+    return callback
 
 
 class Entry:
@@ -63,10 +52,7 @@ class Entry:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         words = (types.int64,) * len(inspect.signature(function).parameters)
-        self._callback: Any = CFunc(function, (words, types.int64), {}, {})
-        with contextlib.suppress(RuntimeError):  # as in `_compile`, which warns
-            self._callback.enable_caching()
-        _stamp(self._callback)
+        self._callback: Any = kept(CFunc(function, (words, types.int64), {}, {}))
         self._new: bool | None = None
 
     @cached_property

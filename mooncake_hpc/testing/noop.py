@@ -19,7 +19,7 @@ from numba import cfunc, types
 from mooncake_hpc.kernels import lane as layout
 from mooncake_hpc.kernels import rails
 from mooncake_hpc.kernels import rdma as native
-from mooncake_hpc.kernels.compiled import compile_ahead
+from mooncake_hpc.kernels.compiled import compile_ahead, kept
 from mooncake_hpc.kernels.native import get, put
 from mooncake_hpc.kernels.verbs import SUCCESS, WC, WC_ID, WC_STATUS, WR_NEXT
 from mooncake_hpc.segment import BufferDescriptor, DeviceDescriptor, SegmentDescriptor
@@ -36,7 +36,8 @@ DEVICE = DeviceDescriptor("none", "00:" * 15 + "01", 0)
 WORD = types.int64
 
 
-@cfunc(types.int32(WORD, WORD, WORD), cache=True)
+@kept
+@cfunc(types.int32(WORD, WORD, WORD))
 def post(taken, wr, _bad):
     """As post_send of a device that takes everything; `taken` is where its number is kept."""
     while wr != 0:
@@ -45,7 +46,8 @@ def post(taken, wr, _bad):
     return 0
 
 
-@cfunc(types.int32(WORD, WORD, WORD), cache=True)
+@kept
+@cfunc(types.int32(WORD, WORD, WORD))
 def poll(rail, most, wcs):
     """As poll_cq: the last work request of each queue pair with something under way has completed."""
     count = 0
