@@ -329,15 +329,17 @@ def test_embedded_etcd_ends_with_its_input() -> None:
 
 def test_warm_does_nothing_twice_but_knows_processors_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mooncake_hpc.cli import warm
+    from mooncake_hpc.kernels import files
 
     monkeypatch.delenv("NUMBA_CPU_NAME", raising=False)
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
-    here = warm._stamp()
-    assert here is not None and here == warm._stamp()
+    files.write(str(tmp_path / f"kernel{files.SUFFIX}"), bytes(files.DIGEST_BYTES), b"code")
+    here = warm._stamp(str(tmp_path))
+    assert here == warm._stamp(str(tmp_path))
     monkeypatch.setenv("NUMBA_CPU_NAME", "generic")
-    other = warm._stamp()
-    assert other is not None and other != here
-    other.touch()
+    other = warm._stamp(str(tmp_path))
+    assert other != here
+    warm._write_stamp(other)
     command = [sys.executable, "-m", "mooncake_hpc", "warm"]
     env = clean_env(NUMBA_CACHE_DIR=str(tmp_path), NUMBA_CPU_NAME="generic")
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)

@@ -130,7 +130,7 @@ def installed() -> Iterator[list[NoRail]]:
     """Engines with `protocol="rdma"` are of this device alone, meanwhile; gives the rails that they open."""
     opened: list[NoRail] = []
 
-    def make(_protocol: str, listener: Any, _host: str, settings: Settings, _devices: object) -> list[Transport]:
+    def make(_protocol: str, listener: Any, _host: str, settings: Settings, *_others: object) -> list[Transport]:
         listener.close()
         return [NoopTransport(settings, opened)]
 
