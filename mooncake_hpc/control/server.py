@@ -30,6 +30,7 @@ from mooncake_hpc.decode import LONGEST_SMALL_VALUE, Reader, Text
 from mooncake_hpc.errors import ConfigError, MalformedRecord
 from mooncake_hpc.segment import OURS
 from mooncake_hpc.settings import Settings
+from mooncake_hpc.trouble import Trouble
 
 log = logging.getLogger(__name__)
 
@@ -182,14 +183,16 @@ class ControlServer:
                 log.warning("RPC port %d: %s did not end within %g s", self.port, thread.name, timeout)
 
     def _accept(self) -> None:
+        trouble = Trouble(log, f"RPC port {self.port}: accept", 0.5)
         while not self._stopping.is_set():
             try:
                 client, _ = self._listener.accept()
-            except OSError as error:
-                if not self._stopping.wait(0.05):  # out of descriptors, or a client that is gone already
-                    log.warning("RPC port %d: accept: %s", self.port, error)
-                continue
-            self._admit(client)
+                self._admit(client)
+                trouble.over()
+            except Exception as error:  # out of descriptors, or a client that is gone already
+                if self._stopping.is_set():
+                    return
+                self._stopping.wait(trouble.pause_s(error))
 
     def _admit(self, client: socket.socket) -> None:
         thread = threading.Thread(target=self._serve, args=(client,), name="mooncake-rpc-client", daemon=True)

@@ -9,13 +9,14 @@ from mooncake_hpc.errors import MooncakeError
 from mooncake_hpc.metadata._failures import Failure
 from mooncake_hpc.metadata._streams import Changing
 from mooncake_hpc.metadata.watch import OnChange, Watch
+from mooncake_hpc.trouble import Trouble
 
 if TYPE_CHECKING:
     from mooncake_hpc.metadata.etcd import EtcdStore
 
 log = logging.getLogger(__name__)
 
-PAUSE = 0.02  # seconds until the next stream, where one has failed
+PAUSES = (0.02, 0.5)  # seconds until the next stream, where one has failed: at first, and at most
 
 
 class EtcdWatch(Watch):
@@ -26,6 +27,7 @@ class EtcdWatch(Watch):
         self._thread.start()
 
     def _run(self) -> None:
+        trouble, pause = Trouble(log, f"etcd {self._store.spec}: watch of {self.prefix!r}"), PAUSES[0]
         while not self._closing.is_set():
             try:
                 present, revision = self._store.list_at(self.prefix)
@@ -33,6 +35,8 @@ class EtcdWatch(Watch):
                 self._stream = self._store.follow(self.prefix, revision + 1)
                 if self._closing.is_set():
                     self._interrupt()
+                pause = PAUSES[0]
+                trouble.over()
                 for changes in self._stream:
                     self._change(dict(changes))
             except (MooncakeError, Failure) as error:
@@ -40,7 +44,10 @@ class EtcdWatch(Watch):
                     log.debug(
                         "etcd %s: watch of %r goes on with a new stream: %s", self._store.spec, self.prefix, error
                     )
-                self._closing.wait(PAUSE)
+                self._closing.wait(pause)
+                pause = min(2 * pause, PAUSES[1])
+            except Exception as error:
+                self._closing.wait(trouble.pause_s(error))
 
     def _interrupt(self) -> None:
         if self._stream is not None:

@@ -20,6 +20,7 @@ from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.metadata.guard import Guard
 from mooncake_hpc.metadata.watch import OnChange, Watch
 from mooncake_hpc.settings import Settings
+from mooncake_hpc.trouble import Trouble
 
 T = TypeVar("T")
 
@@ -306,9 +307,9 @@ class EtcdStore(MetadataStore):
     # The thread that keeps the lease
 
     def _keep(self) -> None:
-        trouble = False
+        trouble, bug = False, Trouble(log, f"etcd {self.spec}: the lease")
         while True:
-            self._early.wait(self._ttl / 3)
+            self._early.wait(max(1, self._ttl) / 3)
             self._early.clear()
             if self._closing.is_set():
                 return
@@ -318,6 +319,9 @@ class EtcdStore(MetadataStore):
                 if not (trouble or self._closing.is_set()):
                     log.warning("etcd %s: cannot renew the lease, going on trying: %s", self.spec, error)
                 trouble = True
+            except Exception as error:  # keys live as long as this thread
+                bug.pause_s(error)
+                self._doubt = trouble = True
             else:
                 if trouble:
                     log.warning("etcd %s: the lease is renewed again", self.spec)

@@ -46,6 +46,8 @@ class Guard:
                 self._on_change(key, lease)
         except Failure as error:
             log.debug("keys are not watched for now: %s", error)
+        except Exception:  # the next `cover` opens another stream
+            log.exception("keys are not watched for now")
 
     def close(self) -> None:
         """End the thread."""

@@ -359,6 +359,9 @@ class Announcer:
                 if not self._ending:
                     log.warning("record %s: %s", self._key, error)
                 return
+            except Exception:
+                log.exception("record %s", self._key)
+                return
             with self._lock:
                 if self._ending and not self._dirty.is_set():
                     return

@@ -16,6 +16,7 @@ from mooncake_hpc.errors import PeerLost, TransferTimeout
 from mooncake_hpc.kernels import digesting, leader
 from mooncake_hpc.kernels import lane as layout
 from mooncake_hpc.kernels.compiled import Entry
+from mooncake_hpc.trouble import Trouble
 
 if TYPE_CHECKING:
     from mooncake_hpc.batch import Batch
@@ -182,6 +183,7 @@ class Lane(ABC):
         """Close the connection for good."""
 
     def _run(self) -> None:
+        trouble = Trouble(log, f"{self.peer}: lane {self.name}", 1.0)
         while self._get(layout.STATE) != layout.CLOSED:
             try:
                 leader.attend(self.address)
@@ -189,9 +191,9 @@ class Lane(ABC):
                 if self._get(layout.STATE) == layout.DOWN:
                     self._repair()
                     leader.await_work(self.address)
-            except Exception:
-                log.exception("%s: lane %s", self.peer, self.name)
-                time.sleep(0.05)
+                trouble.over()
+            except Exception as error:
+                time.sleep(trouble.pause_s(error))
         self._finish()
 
     def _repair(self) -> None:

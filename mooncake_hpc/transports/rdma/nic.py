@@ -94,6 +94,9 @@ class Nic:
             except DeviceError as error:
                 log.warning("%s", error)
                 self.active = False
+            except Exception:
+                log.exception("RDMA device %s", self)
+                self.active = False
             log.info("RDMA device %s is %s", self, "active" if self.active else "down")
             try:
                 changed(self)

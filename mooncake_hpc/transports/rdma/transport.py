@@ -21,6 +21,7 @@ from mooncake_hpc.transports.rdma.lane import RdmaLane, RdmaRoute
 from mooncake_hpc.transports.rdma.nic import Nic
 from mooncake_hpc.transports.rdma.pool import Pool
 from mooncake_hpc.transports.rdma.regions import KeyTables, Regions, remote_rows
+from mooncake_hpc.trouble import Trouble
 
 log = logging.getLogger(__name__)
 
@@ -135,10 +136,12 @@ class RdmaTransport(Transport):
             self._replaced.append((tables, seen))
 
     def _run(self) -> None:
+        trouble = Trouble(log, "looking after RDMA connections")
         while not self._stop.wait(CARE_INTERVAL):
             try:
                 self.pool.reclaim()
                 for lane in list(self._lanes):
                     lane.look_after()
-            except Exception:
-                log.exception("looking after RDMA connections")
+                trouble.over()
+            except Exception as error:
+                self._stop.wait(trouble.pause_s(error))

@@ -15,6 +15,7 @@ import os
 import select
 import socket
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -193,14 +194,21 @@ class Device:
         poller.register(fd, select.POLLIN)
         poller.register(wake, select.POLLIN)
         while not any(ready == wake for ready, _ in poller.poll()):
-            with self.lock:
-                try:
-                    event = self._context.get_async_event()
-                except PyverbsError:
-                    continue
-                kind = int(event.event_type)
-                event.ack()
-            yield kind
+            kind = self._event()
+            if kind is None:  # there was none, or the device is gone and poll() returns at once from now on
+                time.sleep(0.05)
+            else:
+                yield kind
+
+    def _event(self) -> int | None:
+        with self.lock:
+            try:
+                event = self._context.get_async_event()
+            except PyverbsError:
+                return None
+            kind = int(event.event_type)
+            event.ack()
+            return kind
 
     def close(self) -> None:
         """Releases everything that was made of it."""

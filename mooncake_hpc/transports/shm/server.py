@@ -21,6 +21,7 @@ from mooncake_hpc.kernels import shm as native
 from mooncake_hpc.memory import MemoryFile
 from mooncake_hpc.transports.base import Registration
 from mooncake_hpc.transports.shm import handoff
+from mooncake_hpc.trouble import Trouble
 
 log = logging.getLogger(__name__)
 
@@ -105,20 +106,19 @@ class ShmServer:
             time.sleep(0.0005)
 
     def _accept(self) -> None:
+        trouble = Trouble(log, "shared memory: a client could not be taken", 0.5)
         while not self._closing:
+            connection = None
             try:
                 connection, _ = self._listener.accept()
-            except OSError as error:
+                self._admit(connection)
+                trouble.over()
+            except Exception as error:  # the next client is to be served all the same
                 if self._closing:
                     return
-                log.warning("shared memory: accept: %s", error)
-                time.sleep(0.05)
-                continue
-            try:
-                self._admit(connection)
-            except Exception as error:  # the next client is to be served all the same
-                log.warning("shared memory: a client could not be taken: %s", error)
-                connection.close()
+                if connection is not None:
+                    connection.close()
+                time.sleep(trouble.pause_s(error))
 
     def _admit(self, connection: socket.socket) -> None:
         if not handoff.peer_is_ours(connection):
