@@ -16,6 +16,7 @@ import numpy.typing as npt
 from mooncake_hpc.arena import Arena, ArenaPool
 from mooncake_hpc.errors import (
     AddressRejected,
+    AuthenticationError,
     PeerLost,
     TransferCancelled,
     TransferError,
@@ -234,5 +235,6 @@ _FAILURES: dict[int, tuple[Callable[[str], TransferError], str]] = {
     layout.LOST: (PeerLost, "the peer is lost"),
     layout.TIMED_OUT: (TransferTimeout, "no progress"),
     layout.CANCELLED: (TransferCancelled, "cancelled"),
+    layout.STRANGER: (AuthenticationError, "the peer is not authenticated"),
     layout.MALFORMED: (PeerLost, "the peer does not speak this protocol"),
 }

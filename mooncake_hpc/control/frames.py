@@ -104,15 +104,15 @@ def receive_body(connection: socket.socket, limit: int, deadline: float) -> byte
 
 def receive_head(connection: socket.socket, limit: int, deadline: float) -> tuple[int, int]:
     """The next frame's length, and its first byte, which says what it is before the rest takes any memory."""
-    (length,) = LENGTH.unpack(_read(connection, LENGTH.size, deadline))
+    (length,) = LENGTH.unpack(receive_exactly(connection, LENGTH.size, deadline))
     if not 0 < length <= limit:
         raise MalformedFrame(f"frame length {length} is outside 1 to {limit} (MC_HANDSHAKE_MAX_LENGTH)")
-    return length, _read(connection, 1, deadline)[0]
+    return length, receive_exactly(connection, 1, deadline)[0]
 
 
 def receive_rest(connection: socket.socket, length: int, first: int, deadline: float) -> bytes:
     """The body of the frame whose head was received."""
-    return bytes([first]) + _read(connection, length - 1, deadline)
+    return bytes([first]) + receive_exactly(connection, length - 1, deadline)
 
 
 def send(connection: socket.socket, data: bytes, deadline: float) -> None:
@@ -129,7 +129,8 @@ def remaining(deadline: float) -> float:
     return left
 
 
-def _read(connection: socket.socket, count: int, deadline: float) -> bytes:
+def receive_exactly(connection: socket.socket, count: int, deadline: float) -> bytes:
+    """The next `count` bytes. Raises Closed, TimeoutError or OSError."""
     data = bytearray()
     while len(data) < count:
         connection.settimeout(remaining(deadline))

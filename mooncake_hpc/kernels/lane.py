@@ -83,6 +83,7 @@ BATCH_WORDS = 18
 
 # --- failure codes of a slice, negative as bytes
 REJECTED, LOST, TIMED_OUT, CANCELLED, MALFORMED = -1, -2, -3, -4, -5
+STRANGER = -6  # the peer and we do not prove to each other that we know a common secret
 
 # --- what `drive` returns
 FINISHED, AGAIN, BROKEN, EMPTY, REACHED = 0, 1, 2, 3, 4

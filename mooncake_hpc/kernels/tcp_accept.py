@@ -51,6 +51,7 @@ from mooncake_hpc.kernels.tcp_server import (
     EXPORTS,
     FD,
     GUARD,
+    GUARDED,
     LISTENER,
     OURS,
     PEER,
@@ -66,6 +67,7 @@ SPARE = 16  # threads that wait for a connection at most: Linux sets a descripto
 LOOK = 60_000_000_000  # ns between two looks at what somebody would have told
 
 UNNEEDED, UNACCEPTED, CLOSED = 6, 7, 8  # what `serve` returns where there is no connection
+ACCEPTED = 9  # what it returns once with a new one, where clients have to prove something
 
 
 @kernel
@@ -189,6 +191,8 @@ def serve(block):
             code = _accept(block)
             if code != 0:
                 return code
+            if get(get(block + EXPORTS) + GUARDED) != 0:
+                return ACCEPTED
         code = serve_connection(block)
         if code != ENDED or get(block + CONNECTION) != 0:
             return code

@@ -33,6 +33,7 @@ from mooncake_hpc.kernels.lane import (
     RING,
     SKIPPED,
     SLICE,
+    STRANGER,
     TAIL,
     WRITING,
     finish_head,
@@ -59,6 +60,7 @@ WINDOW = 512  # slices that one list describes
 LIST_BYTES = 8 << 20  # describing more at a time than a socket buffer holds wins nothing
 
 OK = 0x4D43545600000000  # status word: magic "MCTV" << 32 | code
+UNPROVED = 2  # code: the client has to prove first that it knows the server's secret
 VERSION_2 = 0x80  # bit of the opcode
 
 EOF = -100  # CAUSE: the peer closed the connection
@@ -165,6 +167,8 @@ def _settle_one(lane, piece, meta):
         return 0
     status = get(get(lane + STATUSES) + 8 * get(lane + WINDOW_DONE))
     if status != OK:
+        if status == OK | UNPROVED:
+            return STRANGER
         return REJECTED if status >> 32 == OK >> 32 else MALFORMED
     need = 8 if meta & WRITING else 8 + get(piece + LENGTH)
     if received < need:

@@ -78,6 +78,7 @@ EXPORT_VERSION, EXPORT_TABLES = 0, 8  # EXPORT_TABLES: tables readable, writable
 SPINNING, SPINNING_LIMIT = 24, 32
 ACCEPTING = 40  # threads that wait for a connection
 CLOSING = 48  # 1: no more connections are wanted
+GUARDED = 56  # 1: clients prove first that they know our secret
 EXPORT_WORDS = 8
 
 STAGE_BYTES = 256 << 10

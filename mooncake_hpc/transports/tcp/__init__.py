@@ -30,7 +30,7 @@ class TcpTransport(Transport):
         self._settings = settings
         self._host = host
         compile_ahead(*tcp_accept.KERNELS, *CLIENT_KERNELS, *SHARED_KERNELS)
-        self.server = TcpServer(listener, settings.tcp_progress_timeout)
+        self.server = TcpServer(listener, settings.tcp_progress_timeout, authentication)
 
     def export(self, registrations: Sequence[Registration], *, shrinks: bool) -> None:
         self.server.export(registrations, shrinks=shrinks)

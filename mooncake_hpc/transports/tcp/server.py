@@ -14,12 +14,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mooncake_hpc.authentication import Authentication
 from mooncake_hpc.kernels import tcp_accept, tcp_server
 from mooncake_hpc.kernels.compiled import preload
 from mooncake_hpc.kernels.sockets import LIST
 from mooncake_hpc.kernels.tcp_lists import OK
 from mooncake_hpc.transports.base import Registration, Tables
 from mooncake_hpc.transports.lane import spin_time
+from mooncake_hpc.transports.tcp import proofs
 from mooncake_hpc.transports.tcp.options import LOCAL_SEND_BUFFER
 
 log = logging.getLogger(__name__)
@@ -90,6 +92,11 @@ class ServerThread:
         """Payload bytes received and sent over all of its connections."""
         return self.word(tcp_server.BYTES_IN), self.word(tcp_server.BYTES_OUT)
 
+    def stage(self, received: bytes) -> None:
+        """Let the kernel begin with these bytes, the first of the connection."""
+        self._stage[: len(received)] = np.frombuffer(received, np.uint8)
+        self._block[tcp_server.STAGE_END // 8] = len(received)
+
     def stop(self, serial: int) -> None:
         """End the connection of this number soon, whatever it is doing, if it has not ended."""
         tcp_accept.stop(self.address, serial)
@@ -102,7 +109,8 @@ class ServerThread:
 class TcpServer:
     """Owns the listener, every data connection and their threads until `close`."""
 
-    def __init__(self, listener: socket.socket, patience: float) -> None:
+    def __init__(self, listener: socket.socket, patience: float, authentication: Authentication | None = None) -> None:
+        self._authentication = authentication or Authentication()
         self._listener = listener
         self._listener.setblocking(True)  # whatever socket.setdefaulttimeout() says
         self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # its connections have it from there
@@ -111,6 +119,7 @@ class TcpServer:
         self._exports = np.zeros(tcp_server.EXPORT_WORDS, np.int64)
         self._address = int(self._exports.ctypes.data)
         self._exports[tcp_server.SPINNING_LIMIT // 8] = max(1, len(os.sched_getaffinity(0)) // 2)
+        self._exports[tcp_server.GUARDED // 8] = self._authentication.required
         self._tables = Tables([], [])
         self._retired: list[Tables] = []
         self._install(self._tables)
@@ -285,6 +294,9 @@ class TcpServer:
         if code == tcp_server.HELLO:
             if not self._name(server):
                 self._end(server)
+        elif code == tcp_accept.ACCEPTED:
+            if not self._admit(server):
+                self._end(server)
         elif code == tcp_accept.UNACCEPTED:
             self._warn(f"accept: {os.strerror(server.word(tcp_server.ERROR))}")
             time.sleep(PAUSE)
@@ -294,6 +306,24 @@ class TcpServer:
             elif code in (tcp_server.FAILED, tcp_server.STALLED):
                 log.debug("data port %d: connection %s: code %d", self.port, server.identity, code)
             self._end(server)
+
+    def _admit(self, server: ServerThread) -> bool:
+        """Whether the client has proved what it has to, and may make requests."""
+        if server.word(tcp_server.STOP):  # the port is being closed: nobody would end a wait
+            return False
+        client = socket.socket(fileno=server.fd)
+        try:
+            server.stage(proofs.admit(client, self._authentication))
+            client.setblocking(False)
+            return True
+        except proofs.Refused as error:
+            self._warn(str(error))
+            _linger(server.fd)
+        except OSError as error:
+            log.debug("data port %d: a client proves nothing: %s", self.port, error)
+        finally:
+            client.detach()
+        return False
 
     def _name(self, server: ServerThread) -> bool:
         """Its client has said its id. Whether it may go on."""
