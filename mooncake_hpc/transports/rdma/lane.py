@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from mooncake_hpc.errors import DeviceError, MooncakeError, PeerLost
+from mooncake_hpc.errors import AuthenticationError, DeviceError, MooncakeError, PeerLost
 from mooncake_hpc.kernels import lane as layout
 from mooncake_hpc.kernels import leader, rails, rdma_post, slicer
 from mooncake_hpc.kernels import rdma as native
@@ -154,7 +154,7 @@ class RdmaLane(Lane):
                     log.exception("%s: opening RDMA connections", self.peer)
                 self._failures += 1
                 self._note(str(error))
-                self.fail_queue(layout.LOST)
+                self.fail_queue(layout.STRANGER if isinstance(error, AuthenticationError) else layout.LOST)
                 return
             self._set(layout.PROGRESS, time.monotonic_ns())
             layout.go_up(self.address)

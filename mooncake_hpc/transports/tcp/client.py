@@ -13,7 +13,8 @@ import time
 import numpy as np
 
 from mooncake_hpc.address import dial, join
-from mooncake_hpc.errors import MooncakeError, PeerLost
+from mooncake_hpc.authentication import Expected, Reason, refusal
+from mooncake_hpc.errors import AuthenticationError, MooncakeError, PeerLost
 from mooncake_hpc.kernels import lane as layout
 from mooncake_hpc.kernels import tcp_client, tcp_lists
 from mooncake_hpc.kernels.sockets import LIST
@@ -21,6 +22,7 @@ from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.transports.base import WHOLE, Peer, Route, Tables
 from mooncake_hpc.transports.lane import Lane
+from mooncake_hpc.transports.tcp import proofs
 from mooncake_hpc.transports.tcp.options import set_options
 
 ATTEMPTS = 3  # connections in a row without one more completed slice before the queue fails
@@ -103,7 +105,7 @@ class TcpLane(Lane):
                 self.last_error = str(error)
                 self._failures += 1
                 if self._failures >= ATTEMPTS or isinstance(error, MooncakeError):
-                    self._fail(layout.LOST)
+                    self._fail(layout.STRANGER if isinstance(error, AuthenticationError) else layout.LOST)
                     return
                 time.sleep(BACKOFF * 2**self._failures)
 
@@ -115,6 +117,9 @@ class TcpLane(Lane):
         self.last_error = f"connection {self._where}: {_explain(cause, self._settings)}"
         if cause == layout.REJECTED:  # the peer stops at the request that it refuses
             layout.finish_head(self.address, layout.REJECTED)
+        elif cause == layout.STRANGER:  # told before anything was read
+            self.last_error = str(refusal(self._peer.expected.at(self._where), Reason.NO_SECRET_HERE))
+            self._fail(cause)
         elif cause in (layout.TIMED_OUT, layout.MALFORMED):
             self._remember()
             self._fail(cause)
@@ -175,7 +180,7 @@ class TcpLane(Lane):
         self._connections += 1
         host, port = self._peer.endpoint()
         self._where = join(host, port)
-        connection = _connect(host, port, self._settings)
+        connection = _connect(host, port, self._settings, self._peer.expected)
         number = secrets.randbits(55) + 1
         self._identity = f"{number:014x}"
         with self._lock:
@@ -211,15 +216,28 @@ def _tables(descriptor: SegmentDescriptor) -> Tables:
     return Tables.of((b.address, b.address + b.length, b.readonly) for b in descriptor.buffers)
 
 
-def _connect(host: str, port: int, settings: Settings) -> socket.socket:
-    """A connection to a data port. Raises OSError that says which."""
-    try:
-        connection = dial(host, port, time.monotonic() + settings.handshake_connect_timeout)
-    except OSError as error:
-        text = f"cannot connect to data port {join(host, port)}: {error.strerror or error}"
-        raise OSError(error.errno, text) from error
-    set_options(connection)
-    return connection
+def _connect(host: str, port: int, settings: Settings, expected: Expected) -> socket.socket:
+    """A connection to a data port, whose owner has proved who it is where that is required.
+
+    Raises OSError that says which; AuthenticationError.
+    """
+    where, proving = join(host, port), expected.authentication.required
+    while True:
+        deadline = time.monotonic() + settings.handshake_connect_timeout
+        try:
+            connection = dial(host, port, deadline)
+        except OSError as error:
+            text = f"cannot connect to data port {where}: {error.strerror or error}"
+            raise OSError(error.errno, text) from error
+        try:
+            if not proving or proofs.settle(connection, expected, where, deadline):
+                set_options(connection)
+                return connection
+        except BaseException:
+            connection.close()
+            raise
+        connection.close()
+        proving = False
 
 
 def _explain(cause: int, settings: Settings) -> str:

@@ -27,6 +27,7 @@ from mooncake_hpc.authentication import (
     refusal,
 )
 from mooncake_hpc.control import frames
+from mooncake_hpc.errors import AuthenticationError
 from mooncake_hpc.kernels.tcp_lists import OK, UNPROVED, VERSION_2
 
 HEADER = struct.Struct("<QQQ")  # size, address, opcode and padding
@@ -56,6 +57,22 @@ def prove(connection: socket.socket, expected: Expected, where: str, deadline: f
     except ConnectionError:
         raise refusal(exchange.peer, Reason.NO_SECRET_THERE) from None
     frames.send(connection, exchange.prove(challenge), deadline)
+
+
+def settle(connection: socket.socket, expected: Expected, where: str, deadline: float) -> bool:
+    """As `prove`; but False where an allowed peer proves nothing, and a new connection may go without."""
+    allowed = expected.authentication.allows(connection.getpeername()[0])
+    if not expected.generation:  # of Mooncake, and not to be tried with what it does not know
+        if allowed:
+            return True
+        raise refusal(expected.at(where), Reason.NO_SECRET_THERE)
+    try:
+        prove(connection, expected, where, deadline)
+    except AuthenticationError as error:
+        if error.reason != Reason.NO_SECRET_THERE or not allowed:
+            raise
+        return False
+    return True
 
 
 def admit(client: socket.socket, authentication: Authentication) -> bytes:
