@@ -170,9 +170,7 @@ def test_objects_are_pulled_with_the_secret_only(files: dict[str, str]) -> None:
                 assert not got.any()
 
 
-def test_no_text_of_an_engine_shows_the_secret(
-    files: dict[str, str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_no_text_of_an_engine_shows_the_secret(files: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
     metadata = spec("memory")
     texts = []

@@ -360,9 +360,10 @@ def test_no_memory_is_handed_over_without_proof(
         with context as failure:
             handoff.prove(connection, expecting(ours))
             handoff.send(connection, {"have": []}, [])
-            reply = handoff.receive(connection)
+            reply = handoff.receive(connection, handoff.read_reply)
+            assert reply is not None
             handoff.check_admitted(reply, expecting(ours))
-            assert reply["page"] is True
+            assert reply.page
             socket.close(handoff.receive_fd(connection))
         if failure is not None:
             assert failure.value.reason == reason
@@ -374,7 +375,7 @@ def test_garbage_before_the_proof_at_the_shared_memory_socket(opening: object) -
         handoff.send(connection, opening, [])
         answers = []
         with contextlib.suppress(OSError):
-            while (answer := handoff.receive(connection)) is not None:
+            while (answer := handoff.receive(connection, handoff.read_reply)) is not None:
                 answers.append(answer)
                 handoff.send(connection, {"proof": "00" * 32}, [])
-        assert not any("page" in answer for answer in answers)
+        assert not any(answer.page or answer.version for answer in answers)
