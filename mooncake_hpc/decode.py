@@ -28,7 +28,7 @@ LONGEST_SMALL_VALUE = 64 << 10  # bytes of values that hold no list which grows 
 REMEMBERED = 1024  # texts that `warn_once` remembers
 
 Address = Annotated[int, Meta(ge=0)]  # `check_range` has the upper limit, which is beyond what Meta can say
-Length = Annotated[int, Meta(ge=0)]  # bytes; as Address
+Length = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]  # bytes; as `kernels.ranges.LONGEST`
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Positive = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
