@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from mooncake_hpc.errors import AuthenticationError, ConfigError
+from mooncake_hpc.settings import Settings
 
 VERSION = b"mooncake_hpc authentication 1"
 NONCE_BYTES = PROOF_BYTES = 32
@@ -94,6 +95,12 @@ def read_secret(path: str) -> Secret:
     return Secret(key)
 
 
+def flags_of(settings: Settings) -> list[str]:
+    """Words for the command line of a peer of ours."""
+    named = {"secret_file": settings.secret_file, "allow_unauthenticated": settings.allow_unauthenticated}
+    return [f"--{name}={value}" for name, value in named.items() if value]
+
+
 def _check_private(found: os.stat_result, where: str) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise ConfigError(f"{where} is no regular file")
@@ -132,14 +139,14 @@ class Authentication:
         self.name = self.generation = ""
 
     @classmethod
-    def load(cls, secret_file: str, allow_unauthenticated: str) -> Authentication:
-        """Of these settings; an empty `secret_file` is none. Raises ConfigError."""
-        allowed = parse_networks(allow_unauthenticated)
-        if not secret_file:
+    def load(cls, settings: Settings) -> Authentication:
+        """Read the secret that the settings name, if any. Raises ConfigError."""
+        allowed = parse_networks(settings.allow_unauthenticated)
+        if not settings.secret_file:
             if allowed:
                 raise ConfigError("--allow_unauthenticated has no meaning without --secret_file: everybody is allowed")
             return cls()
-        return cls(read_secret(secret_file), allowed)
+        return cls(read_secret(settings.secret_file), allowed)
 
     @property
     def required(self) -> bool:

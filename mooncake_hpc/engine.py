@@ -97,7 +97,7 @@ class TransferEngine:
         devices: DeviceChoice,
     ) -> None:
         settings = self._settings
-        self._authentication = Authentication.load(settings.secret_file, settings.allow_unauthenticated)
+        self._authentication = Authentication.load(settings)
         spec = metadata if isinstance(metadata, str) else metadata.spec
         store = self._open_store(metadata)
         host = host or published_address(name, spec, settings)

@@ -187,7 +187,7 @@ def test_a_secret_file_of_somebody_else(tmp_path: Path) -> None:
 
 
 def test_no_text_shows_a_secret(tmp_path: Path) -> None:
-    authentication = Authentication.load(write(tmp_path / "secret"), "")
+    authentication = Authentication.load(Settings(secret_file=write(tmp_path / "secret")))
     exchange = authentication.expect().open(Purpose.DATA, "x")
     shown = [authentication, authentication.__dict__, exchange, exchange.__dict__, Secret(KEY), authentication.expect()]
     assert not any("0123456789abcdef" in f"{value!r} {value}" for value in shown)
@@ -214,7 +214,7 @@ def test_what_is_no_address(text: str) -> None:
 
 def test_everybody_is_allowed_without_a_secret_already() -> None:
     with pytest.raises(ConfigError, match="without --secret_file"):
-        Authentication.load("", "10.0.0.1")
+        Authentication.load(Settings(allow_unauthenticated="10.0.0.1"))
 
 
 def test_settings_name_both(tmp_path: Path) -> None:

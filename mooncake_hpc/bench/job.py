@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
+from mooncake_hpc.authentication import flags_of
 from mooncake_hpc.bench.node import CPU_INTERVAL, Initiator, Result, Target
 from mooncake_hpc.bench.plan import AUTO_WORKERS, BenchConfig, roles
 from mooncake_hpc.bench.report import (
@@ -107,7 +108,7 @@ def initiator_command(
     host, separator, port = segment.rpartition(":")
     name = f"{host}:{int(port) + 1}" if separator and port.isdigit() and int(port) < 65535 else f"{segment}-initiator"
     words = [*command, "--mode=initiator", f"--metadata_server={metadata}", f"--segment_id={segment}"]
-    words += [f"--local_server_name={name}", f"--protocol={config.protocol}"]
+    words += [f"--local_server_name={name}", f"--protocol={config.protocol}", *flags_of(settings)]
     defaults = {f.name: f.default for f in fields(BenchConfig)}
     for flag in ("operation", "block_size", "batch_size", "threads", "duration"):
         if getattr(config, flag) != defaults[flag]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mooncake_hpc.cli import glog
 from mooncake_hpc.cli.gflags import Flag, FlagSet, Parsed
-from mooncake_hpc.cli.transport import RDMA_FLAGS, asked
+from mooncake_hpc.cli.transport import AUTHENTICATION_FLAGS, RDMA_FLAGS, asked, check_secret, read_settings
 from mooncake_hpc.errors import ConfigError
 from mooncake_hpc.memory import system_memory
 from mooncake_hpc.mpi import Launch, World, alike, default_name, detect
@@ -66,6 +66,7 @@ FLAGS = FlagSet(
             _flag("protocol", "What carries the bytes; auto is shared memory where both sides share a host. Unnamed, "
                   "and with a device or matrix named, it is rdma.", choices=PROTOCOLS),
             *RDMA_FLAGS,
+            *AUTHENTICATION_FLAGS,
         ),
         "Ranks": (
             _flag("alone", "Let one rank pull alone first: what efficiency is measured against. --noalone does not."),
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str], command: Sequence[str] = ("p2p-store-example"
             if launch is None or launch.rank == 0:
                 FLAGS.answer(flags)
             return 0
-        settings = Settings.from_env()
+        settings = read_settings(flags)
         _check(P2PConfig(**_values(flags)), launch)
     glog.set_up(flags)
     if launch is None or flags.text("cmd"):
@@ -103,7 +104,7 @@ def check(arguments: Sequence[str], launch: Launch, here: bool) -> None:
     flags = _parse(arguments)
     if flags.asks:
         return
-    settings = Settings.from_env()
+    settings = read_settings(flags)
     _check(P2PConfig(**_values(flags)), launch)
     if here:
         configure(flags, settings)
@@ -121,6 +122,7 @@ def _say(line: str) -> None:
 
 def configure(flags: Parsed, settings: Settings) -> tuple[P2PConfig, str]:
     """The run that the flags mean on this machine, and notices. Raises ConfigError for what it cannot have here."""
+    check_secret(settings)
     choice = choose_here(asked(flags), settings)
     config = P2PConfig(**{**_values(flags), **choice.as_config()})
     if config.cmd in ("", "trainer") and not config.file and config.nbytes > (memory := system_memory()):

@@ -13,7 +13,7 @@ from mooncake_hpc.bench.plan import MATRIX, PATTERNS, BenchConfig, roles
 from mooncake_hpc.bench.report import UNITS, Units
 from mooncake_hpc.cli import glog
 from mooncake_hpc.cli.gflags import Flag, FlagSet, Parsed
-from mooncake_hpc.cli.transport import RDMA_FLAGS, asked
+from mooncake_hpc.cli.transport import AUTHENTICATION_FLAGS, RDMA_FLAGS, asked, check_secret, read_settings
 from mooncake_hpc.errors import ConfigError
 from mooncake_hpc.mpi import Launch, World, alike, default_name, detect
 from mooncake_hpc.settings import Settings
@@ -66,8 +66,9 @@ FLAGS = FlagSet(
                  "else tcp. A named one is never replaced; unnamed, and with no RDMA device, it is tcp.",
                  choices=PROTOCOLS),
             *RDMA_FLAGS,
-            _flag("bind_all", "Listen on all addresses instead of the published one. The data port has no "
-                  "authentication."),
+            *AUTHENTICATION_FLAGS,
+            _flag("bind_all", "Listen on all addresses instead of the published one: with --secret_file, where "
+                  "others reach them."),
             Flag("backend", "classic", "Accepted for the original's command lines.", choices=("classic",)),
         ),
         "Verification": (
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str], command: Sequence[str] = ("transfer_engine_be
             if launch is None or launch.rank == 0:
                 FLAGS.answer(flags)
             return 0
-        settings = Settings.from_env()
+        settings = read_settings(flags)
         _check(flags, settings, launch)
     glog.set_up(flags)
     if launch is None or _alone(flags, launch):
@@ -117,7 +118,7 @@ def check(arguments: Sequence[str], launch: Launch, here: bool) -> None:
     flags = FLAGS.parse(arguments, os.environ)
     if flags.asks:
         return
-    settings = Settings.from_env()
+    settings = read_settings(flags)
     _check(flags, settings, launch)
     if here:
         configure(flags, settings)
@@ -136,6 +137,7 @@ def _values(flags: Parsed, settings: Settings) -> dict[str, Any]:
 
 def configure(flags: Parsed, settings: Settings) -> tuple[BenchConfig, str]:
     """The run that the flags mean on this machine, and notices. Raises ConfigError for what it cannot have here."""
+    check_secret(settings)
     choice = choose_here(asked(flags), settings)
     config = BenchConfig(**{**_values(flags, settings), **choice.as_config()})
     config.check_memory()

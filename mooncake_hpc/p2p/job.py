@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import socket
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
+from mooncake_hpc.authentication import flags_of
 from mooncake_hpc.errors import ConfigError, IntegrityError
 from mooncake_hpc.kernels import prepare
 from mooncake_hpc.metadata.shared import EMBEDDED, job_metadata, login_variables, own_metadata
@@ -105,7 +107,7 @@ def run_trainer(config: P2PConfig, settings: Settings, say: Say) -> int:
         say(
             f"trainer {store.name}: object {info.name!r}, version {info.version}, {info.size} bytes in "
             f"{info.shards} shards of {info.shard_size}, published in {time.monotonic() - started:.2f} s; "
-            f"{login_variables(settings)}--metadata_server={metadata}"
+            f"{login_variables(settings)}{shlex.join([f'--metadata_server={metadata}', *flags_of(settings)])}"
         )
         with contextlib.suppress(KeyboardInterrupt):
             _serve(store, config, say)
