@@ -305,6 +305,7 @@ def test_a_nul_is_found_only_where_there_is_one() -> None:
 
 def test_what_is_left_out_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "REMEMBERED", 3)
+    monkeypatch.setattr(decode, "_told", {})
     log = logging.getLogger("test")
     for text in "aabacadaaea":
         warn_once(log, ValueError(text * 10))

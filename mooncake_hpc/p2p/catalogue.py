@@ -94,8 +94,6 @@ class Holder:
             for base, size in zip(value.bases, manifest.sizes, strict=True):
                 check_range(base, size)
             board = Place(*value.board) if value.board else None
-            if board is not None:
-                check_range(board.address, board_size(value.shards))
             have = np.ones(value.shards, bool) if value.have == ALL else _unpack(value)
             return cls(value.segment, value.generation, value.host, value.bases, have, board, value.sources, value.seed)
 
@@ -112,6 +110,11 @@ class _Holder(Struct):
     board: tuple[Address, Positive] | None
     sources: tuple[Name, ...]
     seed: bool
+
+    def __post_init__(self) -> None:
+        check_range(max(self.bases, default=0), 0)
+        if self.board is not None:
+            check_range(self.board[0], board_size(self.shards))
 
 
 def _record(text: str, where: str, segment: str, shards: int) -> _Holder:
