@@ -279,7 +279,7 @@ def refused(why: proofs.Refusal) -> bytes:
     return bytes([proofs.AUTHENTICATION, proofs.Step.REFUSED, why])
 
 
-HELLO = proofs.encode(proofs.Step.HELLO, bytes(32))
+HELLO = proofs.encode(proofs.Step.HELLO, b"07" * 32)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,10 @@ HELLO = proofs.encode(proofs.Step.HELLO, bytes(32))
         frames.encode(frames.Kind.PROBE, "{}"),
         frames.encode(frames.Kind.CONNECTION, "{}", old=True),
         frames.encode(frames.Kind.NOTIFY, "x" * 1_000_000),
-        proofs.encode(proofs.Step.HELLO, bytes(31)),
+        proofs.encode(proofs.Step.HELLO, b"07" * 31),
+        proofs.encode(proofs.Step.HELLO, b"0x" * 32),
+        proofs.encode(proofs.Step.HELLO, b"07 " * 21 + b"0"),
+        proofs.encode(proofs.Step.HELLO, "é".encode() * 32),
         proofs.encode(proofs.Step.REQUEST, bytes(32)),
         proofs.encode(proofs.Step.REPLY, bytes(32)),
         frames.pack(bytes([proofs.AUTHENTICATION])),
@@ -307,14 +310,14 @@ def test_an_rpc_request_is_proved_with_its_text_and_once() -> None:
         exchange = expecting().open(Purpose.CONTROL, "")
         host, _, port = address.rpartition(":")
         with socket.create_connection((host, int(port)), 5) as connection:
-            connection.sendall(proofs.encode(proofs.Step.HELLO, exchange.nonce))
+            connection.sendall(proofs.encode(proofs.Step.HELLO, exchange.nonce.hex().encode()))
             challenge = frames.receive_body(connection, 1 << 20, time.monotonic() + 5)[2:]
             proved = proofs.encode(proofs.Step.REQUEST, exchange.prove(challenge, probe), probe)
             changed = proved.replace(b"{}", b"[]")
             connection.sendall(changed)
             answer = frames.receive_body(connection, 1 << 20, time.monotonic() + 5)
         assert answer == refused(proofs.Refusal.WRONG)
-        again = talk(address, proofs.encode(proofs.Step.HELLO, exchange.nonce), proved)
+        again = talk(address, proofs.encode(proofs.Step.HELLO, exchange.nonce.hex().encode()), proved)
         assert again[1] == refused(proofs.Refusal.WRONG)
         reflected = talk(address, HELLO, proofs.encode(proofs.Step.REQUEST, again[0][2:34], probe))
         assert reflected[1] == refused(proofs.Refusal.WRONG)

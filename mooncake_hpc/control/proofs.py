@@ -3,7 +3,7 @@
 No frame of Mooncake's begins with their first byte, and it ends a connection to one of its processes. Then comes the
 step, and its bytes:
 
-    HELLO      client's nonce
+    HELLO      client's nonce, in hexadecimal digits: Mooncake logs what it does not understand
     CHALLENGE  server's nonce and proofs
     REQUEST    client's proof, then the request as it would be without authentication
     REPLY      server's proof, then the reply as it would be
@@ -36,11 +36,11 @@ OVERHEAD = 2 + PROOF_BYTES  # bytes that a request or reply is longer by
 class Step(IntEnum):
     """The second byte."""
 
-    HELLO = 0
-    CHALLENGE = 1
-    REQUEST = 2
-    REPLY = 3
-    REFUSED = 4
+    HELLO = ord("H")
+    CHALLENGE = ord("C")
+    REQUEST = ord("Q")
+    REPLY = ord("R")
+    REFUSED = ord("X")
 
 
 class Refusal(IntEnum):
@@ -68,7 +68,7 @@ def ask(
     Raises AuthenticationError, and as `frames.receive`.
     """
     exchange = expected.open(Purpose.CONTROL, where)
-    frames.send(connection, encode(Step.HELLO, exchange.nonce), deadline)
+    frames.send(connection, encode(Step.HELLO, exchange.nonce.hex().encode()), deadline)
     try:
         challenge = _take(frames.receive_body(connection, limit, deadline), Step.CHALLENGE, exchange.peer)
     except (frames.Closed, ConnectionResetError, BrokenPipeError):  # as Mooncake does
@@ -112,12 +112,16 @@ def receive_request(
         return frames.receive_rest(client, length, first, deadline), frames.pack
     if not authentication.required:
         raise _refuse(client, Refusal.NO_SECRET, deadline)
-    if length != 2 + NONCE_BYTES:
+    if length != 2 + 2 * NONCE_BYTES:
         raise _refuse(client, Refusal.UNPROVED, deadline)
     hello = frames.receive_rest(client, length, first, deadline)
-    if hello[1] != Step.HELLO:
+    try:
+        nonce = bytes.fromhex(hello[2:].decode("ascii"))
+    except ValueError:
+        nonce = b""
+    if hello[1] != Step.HELLO or len(nonce) != NONCE_BYTES:
         raise _refuse(client, Refusal.UNPROVED, deadline)
-    exchange = authentication.answer(Purpose.CONTROL, hello[2:])
+    exchange = authentication.answer(Purpose.CONTROL, nonce)
     frames.send(client, encode(Step.CHALLENGE, exchange.challenge), deadline)
     body = frames.receive_body(client, limit + OVERHEAD, deadline)
     request = body[OVERHEAD:]
