@@ -53,7 +53,7 @@ class Reader(Generic[T]):
 
     def __call__(self, text: str | bytes, where: str) -> T:
         """The record in `text`. `where` names its source in the MalformedRecord of anything else."""
-        with reading(self._what, where):
+        try:
             if len(text) > self._longest:
                 raise ValueError(f"{len(text)} bytes are above the limit of {self._longest}")
             if isinstance(text, bytes):
@@ -61,6 +61,8 @@ class Reader(Generic[T]):
             if "\\u0000" in text and not self._nul and _NUL.search(text):
                 raise ValueError("a text holds a NUL character")
             return self._decoder.decode(text)
+        except (ValueError, RecursionError) as error:  # msgspec's errors and UnicodeError are ValueErrors
+            raise _malformed(self._what, where, error) from error
 
 
 @contextlib.contextmanager
@@ -68,9 +70,13 @@ def reading(what: str, where: str) -> Iterator[None]:
     """Turn what is wrong with a value of the kind `what`, found at `where`, into a MalformedRecord."""
     try:
         yield
-    except (ValueError, RecursionError) as error:  # msgspec's errors and UnicodeError are ValueErrors
-        cause = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise MalformedRecord(f"{where} holds no {what}: {cause}") from error
+    except ValueError as error:
+        raise _malformed(what, where, error) from error
+
+
+def _malformed(what: str, where: str, error: Exception) -> MalformedRecord:
+    cause = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return MalformedRecord(f"{where} holds no {what}: {cause}")
 
 
 def check_range(address: int, nbytes: int) -> None:

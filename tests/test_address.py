@@ -18,6 +18,7 @@ from mooncake_hpc.address import (
     split,
 )
 from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.metadata.embedded import EmbeddedEtcd
 from mooncake_hpc.settings import Settings
 
 NONAME = "no-such-host.invalid"
@@ -40,13 +41,32 @@ def test_split(text: str, parts: tuple[str, int]) -> None:
     assert split(join(*parts), 1) == parts
 
 
-BAD = ["", ":1", "a:", "a:x", "a:0", "a:65536", "a:-1", "a:²", "[::1", "[::1]80", "[]:1"]
+BAD = ["", ":1", "a:", "a:x", "a:0", "a:65536", "a:-1", "a:²", "a:" + "9" * 5000, "[::1", "[::1]80", "[]:1"]
 
 
 @pytest.mark.parametrize("text", BAD)
 def test_split_refuses(text: str) -> None:
     with pytest.raises(ConfigError, match="address"):
         split(text, 12001)
+
+
+@pytest.mark.parametrize(
+    "name", ["a" * 64, "a" * 64 + ".b", "a..b", ".a", "b\udcff", "\ud800", "localhost\0.b", "é" * 300]
+)
+def test_what_can_be_no_host_name_fails_as_a_name(name: str) -> None:
+    """Names that DNS cannot be asked for, each wherever a host is named."""
+    with pytest.raises(socket.gaierror, match=r"host name|not known"):
+        resolve(name, 80)
+    with pytest.raises(OSError):
+        address.dial(name, 80, time.monotonic() + 5)
+    with pytest.raises(ConfigError, match="cannot listen"):
+        bind_listener(name, [0])
+    with pytest.raises(ConfigError, match="MC_TCP_BIND_ADDRESS"):
+        published_address("a", "memory://a", Settings(tcp_bind_address=name))
+    with pytest.raises(ConfigError, match="cannot listen"):
+        EmbeddedEtcd(name)
+    assert source_address(name) is None and not is_local(name)
+    assert published_address(name, f"{name}:2379", Settings())
 
 
 def test_is_local() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -114,6 +115,53 @@ def test_notifications_arrive_in_order_and_are_bounded(monkeypatch: pytest.Monke
         assert box.take() == []
         client.notify(address, "me", "fourth", 5, SETTINGS)
         assert box.take() == [("me", "fourth")]
+
+
+def test_notifications_are_bounded_in_bytes_and_expire(monkeypatch: pytest.MonkeyPatch) -> None:
+    box = Notifications()
+    monkeypatch.setattr(server, "MAX_NOTIFICATION_BYTES", 10_000)
+    assert not box.put("a", "🐍" * 2500)  # 4 bytes each in memory
+    assert box.put("a", "x" * 2500) and box.put("", "y" * 5000) and not box.put("a", "z" * 5000)
+    assert [text[:1] for _, text in box.take()] == ["x", "y"]
+    assert box.put("a", "z" * 9000)
+    monkeypatch.setattr(server, "NOTIFICATION_LIFE_S", -1.0)
+    assert box.put("a", "w" * 9000)  # in place of what nobody took
+    assert box.take() == []
+
+
+def test_texts_that_requests_bring_are_not_kept() -> None:
+    """Of Probe and Notify frames of a megabyte each, of the kinds that are refused, and of those that are answered."""
+    known: list[str] = []
+
+    def fence(connection: str, _timeout: float) -> bool:
+        known.append(connection)
+        return True
+
+    with serving(Handlers(fence=fence, notify=Notifications().put)) as address:
+        long = "x" * 1_000_000
+        texts = [
+            (Kind.PROBE, json.dumps({"fence": long, "timeout": 0})), (Kind.PROBE, json.dumps({"later": long})),
+            (Kind.NOTIFY, json.dumps({"name": long, "notify_msg": "a"})), (Kind.CONNECTION, json.dumps({"a": long})),
+        ]  # fmt: skip
+        tracemalloc.start()
+        try:
+            for _ in range(20):
+                for kind, text in texts:
+                    talk(address, frames.encode(kind, text))
+            assert tracemalloc.get_traced_memory()[0] < 8 << 20  # of the last few, perhaps
+        finally:
+            tracemalloc.stop()
+    assert known == []
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\udcff", "x" * 600])
+def test_a_client_refuses_texts_that_a_peer_would_not_take(name: str) -> None:
+    with serving() as address:
+        with pytest.raises(ConfigError, match="sender's name"):
+            client.notify(address, name, "text", 5, SETTINGS)
+        with pytest.raises(ConfigError, match="notification"):
+            client.notify(address, "me", "\ud800", 5, SETTINGS)
+        client.notify(address, "me", "a\0b" * 1000, 5, SETTINGS)
 
 
 def test_rdma_handshake_is_refused_politely_in_both_protocols() -> None:
@@ -480,6 +528,24 @@ def test_a_successor_is_left_alone(store: MemoryStore) -> None:
             node.directory.publish(node.describe(3))
         node.directory.withdraw()
         assert successor.list("") == {"mooncake/rpc_meta/a": "theirs", "mooncake/ram/a": "theirs"}
+
+
+@pytest.mark.parametrize("name", ["", "/", "a\0b", "a\udcff", "x" * 600])
+def test_what_can_be_no_segment_name(store: MemoryStore, name: str) -> None:
+    with pytest.raises(ConfigError, match="name"):
+        Directory(name, store, SETTINGS, generation="g", rpc_host="127.0.0.1", rpc_port=1)
+    with Node("a", store, "g") as node, Node("b", None, "h") as other:
+        for directory in (node.directory, other.directory):
+            for ask in (directory.lookup, directory.rpc_address):
+                with pytest.raises(ConfigError, match="name"):
+                    ask(name)
+
+
+def test_a_data_port_behind_the_last_rpc_port(store: MemoryStore) -> None:
+    store.publish("mooncake/rpc_meta/old", '{"ip_or_host_name":"127.0.0.1","rpc_port":65535}')
+    store.publish("mooncake/ram/old", '{"name":"old","buffers":null}')
+    with Node("a", store, "g") as node, pytest.raises(MetadataError, match="'old' tells no TCP data port"):
+        node.directory.data_endpoint(node.directory.lookup("old"))
 
 
 def test_peer_to_peer() -> None:

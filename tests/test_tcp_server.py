@@ -205,3 +205,20 @@ def test_a_fence_ends_the_connection_of_that_id_alone(server: TcpServer) -> None
             late.settimeout(20)
             with contextlib.suppress(ConnectionError):
                 assert late.recv(1) == b""
+
+
+def test_fences_are_of_one_form_bounded_and_forgotten(server: TcpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text that is no id is not kept; an id is, until its connection cannot show up any more."""
+    for text in ("", "x", "0" * 13, "0" * 15, "A" * 14, "0123456789abc\n", "x" * 1_000_000, "²" * 14):
+        assert server.fence(text, 0.0)
+    assert not server._fenced
+    monkeypatch.setattr(module, "MAX_FENCED", 100)
+    for number in range(1, 151):
+        assert server.fence(f"{number:014x}", 0.0)
+    assert list(server._fenced) == [f"{number:014x}" for number in range(51, 151)]
+    with dial(server) as fenced, dial(server) as other:
+        assert not ask(fenced, 10, 150)
+        assert ask(other, 10, 1)  # forgotten, as so many came later
+    monkeypatch.setattr(module, "FENCED_LIFE_S", 1e-9)
+    assert server.fence(f"{200:014x}", 0.0)
+    assert list(server._fenced) == [f"{200:014x}"]

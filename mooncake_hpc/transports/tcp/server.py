@@ -161,10 +161,8 @@ class TcpServer:
         """Keep the id as that of a fenced connection, and none for longer than that may still show up."""
         self._fenced.pop(identity, None)
         self._fenced[identity] = now
-        oldest = next(iter(self._fenced))
-        while len(self._fenced) > MAX_FENCED or now - self._fenced[oldest] > FENCED_LIFE_S:
-            del self._fenced[oldest]
-            oldest = next(iter(self._fenced))
+        while len(self._fenced) > MAX_FENCED or now - next(iter(self._fenced.values())) > FENCED_LIFE_S:
+            del self._fenced[next(iter(self._fenced))]
 
     @property
     def moved(self) -> tuple[int, int]:
