@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mooncake_hpc.errors import IntegrityError, MooncakeError, ObjectNotFound
+from mooncake_hpc.errors import AuthenticationError, IntegrityError, MooncakeError, ObjectNotFound
 from mooncake_hpc.p2p.board import Board, MemoryPool, News, board_size, by_source, source_id
 from mooncake_hpc.p2p.catalogue import Holder
 from mooncake_hpc.p2p.holders import Bits, View
@@ -90,6 +90,7 @@ class Pull:
                 have, fetching = have | known.view.have, dict(known.view.fetching)
             elif not same:
                 self._retire(holder.segment)
+                self._errors.pop(holder.segment, None)
             self._holders[holder.segment] = holder
             self._names[source_id(holder.segment)] = holder.segment
             self.swarm.see(View(holder.segment, holder.host, have, fetching))
@@ -160,6 +161,7 @@ class Pull:
                 if done:
                     return
                 terms.check(self._what, self._causes)
+                self._check_strangers()
                 if hope.lost is not None:
                     self._check_hope(hope.lost, time.monotonic() - hope.since, lost_after)
                 time.sleep(BREATH)
@@ -177,6 +179,13 @@ class Pull:
     def _causes(self) -> str:
         texts = [f"{name}: {error}" for name, error in self._errors.items()]
         return f" ({len(self._holders)} holders known" + "".join(f"; {text}" for text in texts[:3]) + ")"
+
+    def _check_strangers(self) -> None:
+        """Raise AuthenticationError where every holder has been refused, or refuses us: asking again is in vain."""
+        with self.lock:
+            errors = [self._errors.get(name) for name in self._holders]
+        if errors and all(isinstance(error, AuthenticationError) for error in errors):
+            raise AuthenticationError(f"{self._what()} ends{self._causes()}") from errors[0]
 
     def _hand_out(self, now: float) -> None:
         swarm = self.swarm
