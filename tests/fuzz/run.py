@@ -25,6 +25,11 @@ FOUND = ROOT / ".mooncake" / "fuzz"
 TARGETS = {
     "data": ("data_port", "DataPort"),
     "rpc": ("rpc_port", "RpcPort"),
+    "handshake": ("handshake", "Handshake"),
+    "handoff": ("handoff", "Handoff"),
+    "reader": ("handoff", "Reader"),
+    "records": ("records", "Records"),
+    "boards": ("boards", "Boards"),
 }
 CHECK_INTERVAL_S = 1.0
 
@@ -67,13 +72,12 @@ def fails(target: Target, case: Case) -> bool:
 
 def fuzz(target: Target, seconds: float, seed: str, shrink_seconds: float = 60.0, progress: bool = False) -> Result:
     """Run cases for `seconds`, up to the first that fails."""
-    began = shown = checked = time.monotonic()
     recent: list[Case] = []
-    number = 0
-    found = ""
+    number, found, began = 0, "", time.monotonic()
     try:
         target.start()
         target.check()
+        began = shown = checked = time.monotonic()
         while (now := time.monotonic()) < began + seconds:
             case = target.generate(Random(f"{target.name}:{seed}:{number}"))
             recent.append(case)
