@@ -340,3 +340,27 @@ def test_nothing_is_left_of_an_engine_that_could_not_start(etcd: str) -> None:
     while len(os.listdir("/proc/self/fd")) > before:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_peer_that_died_is_given_back(etcd: str) -> None:
+    """Whoever maps it keeps it in use. Peers that come and go under one name leave nothing in those that stay."""
+
+    def held() -> int:
+        links = [os.path.join("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd")]
+        return sum("memfd:mooncake" in os.readlink(link) for link in links if os.path.islink(link))
+
+    with engine(etcd, "faults-ours:4", "shm") as ours:
+        local, name = ours.allocate(4096), "faults-mortal:1"
+        counts = []
+        for _ in range(3):
+            with PeerProcess(etcd, "shm", name) as peer:
+                remote = peer.call("allocate", local.size, 5)
+                segment = ours.open_segment(name)
+                ours.read(local, segment, remote)
+                array = segment.mapped(remote, 100)
+                peer.process.kill()
+                peer.process.wait()
+            counts.append(held())
+        assert counts[0] == counts[1] == counts[2], counts
+        assert array is not None and digest(array) == digest(local[:100])

@@ -165,9 +165,11 @@ class Lane(ABC):
     def _finish(self) -> None:
         if self._doorbell < 0:  # closed before
             return
-        layout.seize(self.address, time.monotonic_ns() + 5_000_000_000)
+        seized = layout.seize(self.address, time.monotonic_ns() + 5_000_000_000)
         self.fail_queue(layout.CANCELLED)
         self.disconnect()
+        if seized:
+            self.let_go()
         with self._lock:  # producers ring the doorbell under it
             self._queued.clear()
             doorbell, self._doorbell = self._doorbell, -1
@@ -181,6 +183,10 @@ class Lane(ABC):
     @abstractmethod
     def disconnect(self) -> None:
         """Close the connection for good."""
+
+    def let_go(self) -> None:
+        """Called after `disconnect`, where nobody can be moving bytes any more: release what they were moved from."""
+        return
 
     def _run(self) -> None:
         trouble = Trouble(log, f"{self.peer}: lane {self.name}", 1.0)

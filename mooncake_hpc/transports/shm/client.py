@@ -12,7 +12,7 @@ from bisect import bisect_right
 import numpy as np
 import numpy.typing as npt
 
-from mooncake_hpc.errors import MalformedRecord, MooncakeError, PeerLost
+from mooncake_hpc.errors import MalformedRecord, MooncakeError, PeerLost, RegistrationError
 from mooncake_hpc.kernels import lane as layout
 from mooncake_hpc.kernels import leader, ranges
 from mooncake_hpc.kernels import shm as native
@@ -90,13 +90,17 @@ class ShmLane(Lane):
             leader.hand_over(self.address)
 
     def view(self, address: int, nbytes: int) -> Bytes | None:
-        """As `Maps.view`, of the peer's present registrations; None too when the peer is gone."""
+        """As `Maps.view`, of the peer's present registrations; None too when the peer is gone or the lane closed."""
+        if self._get(layout.STATE) == layout.CLOSED:
+            return None
         if self._page_words[native.PAGE_VERSION // 8] != self.maps.version:
             try:
                 self.sync()
             except PeerLost:
                 return None
-        return self.maps.view(address, nbytes)
+        with contextlib.suppress(RegistrationError):  # closed this moment
+            return self.maps.view(address, nbytes)
+        return None
 
     def interrupt(self) -> None:
         """Nothing to cut: a copy ends by itself."""
@@ -113,6 +117,14 @@ class ShmLane(Lane):
 
     def disconnect(self) -> None:
         self._socket.close()
+
+    def let_go(self) -> None:
+        """A dead peer's memory would stay in use for as long as anybody maps it."""
+        assert self._page is not None
+        self._page_words = self._page_words.copy()
+        self._page.close()
+        for file in self.maps.files.values():
+            file.close()
 
     # --- inside ---------------------------------------------------------------------------------------------
 
