@@ -185,8 +185,8 @@ class Worker:
     def list_all(self, _peer: str) -> None:
         self.store.list("soak/")
         for name in self.names[:STEADY]:
-            if not self.engine.probe(name):
-                raise PeerLost(f"{name} does not answer")
+            if not any(self.engine.probe(name) for _ in range(5)):  # this machine may be busy with other things
+                self.fail(f"{name}, which lives, answers no Probe")
 
     def _same(self, got: Bytes, expected: Bytes, peer: str) -> None:
         self.counts["bytes"] += got.size
