@@ -337,6 +337,24 @@ def test_a_peer_that_no_gid_reaches_takes_none_from_others(fabric: Fabric) -> No
         assert link.there.open_segment("there:1").descriptor.devices[0].gid.startswith("01:01")
 
 
+def test_endpoints_that_no_peer_confirms_do_not_pile_up(fabric: Fabric, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strangers that ask for connections and go: their paths and queue pairs are let go, those in use stay."""
+    with pair("a", "b") as link:
+        link.here.write(link.ours, link.segment, int(link.theirs.ctypes.data))
+        pool = link.there.open_segment("here:1").routes[0].lanes[0]._pool  # type: ignore[attr-defined]
+        known = [endpoint.peer_path for sieve in pool._known for endpoint in sieve]
+        for number in range(20):
+            request = Hello(f"stranger:{number}@a", "there:1@b", (number,), gid=bytes(16), ready=False)
+            assert not pool.answer(json.dumps(request.to_json()))["reply_msg"]
+        assert len([endpoint for sieve in pool._known for endpoint in sieve]) == len(known) + 20
+        pool.reclaim()
+        assert len([endpoint for sieve in pool._known for endpoint in sieve]) == len(known) + 20  # not yet
+        monkeypatch.setattr("mooncake_hpc.transports.rdma.pool.UNCONFIRMED_LIFE_S", -1.0)
+        pool.reclaim()
+        assert [endpoint.peer_path for sieve in pool._known for endpoint in sieve] == known
+        link.here.write(link.ours, link.segment, int(link.theirs.ctypes.data))
+
+
 def test_an_address_that_changes_is_published_and_used(fabric: Fabric) -> None:
     with pair("a", "b") as link:
         link.here.write(link.ours, link.segment, link.theirs.ctypes.data)

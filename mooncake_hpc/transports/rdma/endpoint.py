@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable
 
 from mooncake_hpc.errors import DeviceError, PeerLost
@@ -42,6 +44,7 @@ class Endpoint:
             raise
         self.lock = threading.Lock()
         self.peer_numbers: tuple[int, ...] = ()  # empty: not connected
+        self.connected_at = math.inf  # of time.monotonic()
         self.ready = threading.Event()
         self.gone = False
         self.lost: Callable[[], None] | None = None
@@ -80,6 +83,11 @@ class Endpoint:
             pair.close()
         del self._pairs[count:]
         self.peer_numbers = peer.numbers[:count]
+        self.connected_at = time.monotonic()
+
+    def unconfirmed_for(self, seconds: float) -> bool:
+        """Whether the other side has asked for it so long ago, and never confirmed that it has it."""
+        return not self.ready.is_set() and time.monotonic() - self.connected_at > seconds
 
     def belongs_to(self, peer: Hello) -> bool:
         """Whether it is connected to just these queue pairs."""

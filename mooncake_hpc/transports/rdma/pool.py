@@ -22,6 +22,7 @@ from mooncake_hpc.transports.rdma.sieve import Sieve
 
 log = logging.getLogger(__name__)
 
+UNCONFIRMED_LIFE_S = 60.0  # above the time that both exchanges of a handshake may take
 ATTEMPTS = 4  # handshakes for one endpoint: the peer may be at the same at the same time
 
 
@@ -211,9 +212,10 @@ class Pool:
         endpoint.give_up()
 
     def reclaim(self) -> None:
-        """Release the endpoints that broke while no lane used them."""
+        """Release the endpoints that broke while no lane used them, and those that no peer ever confirmed."""
         with self._lock:
-            broken = [endpoint for known in self._known for endpoint in known if endpoint.gone]
+            all_known = [endpoint for known in self._known for endpoint in known]
+        broken = [endpoint for endpoint in all_known if endpoint.gone or endpoint.unconfirmed_for(UNCONFIRMED_LIFE_S)]
         for endpoint in broken:
             self.discard(endpoint)
 
