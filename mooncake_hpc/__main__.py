@@ -1,6 +1,7 @@
 """The command `mooncake-hpc`, also `python -m mooncake_hpc`: subcommands, and errors turned into exit codes.
 
-Exit codes: 0 done, 1 failed, 2 a flag or variable that cannot be, 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 done, 1 failed, 2 a flag or variable that cannot be, 3 done but what was printed is lost (standard output
+closed, broken or full), 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 from mooncake_hpc import __version__
+from mooncake_hpc.cli import streams
 from mooncake_hpc.cli.signals import Terminated, stoppable
 from mooncake_hpc.errors import ConfigError, MooncakeError
+from mooncake_hpc.limits import limit_error
 
 USAGE = """usage: mooncake-hpc COMMAND [--flag=value …]
 
@@ -75,7 +78,12 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    with streams.guarded() as output:
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+    return streams.OUTPUT_LOST if code == 0 and output is not None and output.lost else code
+
+
+def _run(arguments: Sequence[str]) -> int:
     name = arguments[0] if arguments else ""
     if name in ("-h", "-help", "--help", "help"):
         print(USAGE, end="")
@@ -99,9 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"mooncake-hpc {name}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `… | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (limit := limit_error(error, "a limit is reached")) is not None:
+            return _fail(name, limit, 1)
+        if isinstance(error, OSError):  # a file or socket of this machine, named in the text
+            return _fail(name, error, 1)
+        raise
 
 
 def _myself() -> list[str]:

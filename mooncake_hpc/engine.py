@@ -27,6 +27,7 @@ from mooncake_hpc.control.server import (
 from mooncake_hpc.errors import AddressRejected, AuthenticationError, MooncakeError, PeerLost, RegistrationError
 from mooncake_hpc.kernels import ranges, slicer
 from mooncake_hpc.kernels.compiled import compile_ahead
+from mooncake_hpc.limits import limited
 from mooncake_hpc.memory import MemoryFile, describe
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.registrations import Registrations, describe_all, published, release, take_out
@@ -53,7 +54,7 @@ class TransferEngine:
     address is `bind_address`, else by the rules of `address.published_address`; listeners bind only that unless
     `bind_all`. Peers prove that they know the content of the settings' `secret_file`, if there is one.
 
-    Raises ConfigError, DeviceError, MetadataUnavailable, NameInUse.
+    Raises ConfigError, DeviceError, LimitError, MetadataUnavailable, NameInUse.
     """
 
     def __init__(
@@ -82,7 +83,8 @@ class TransferEngine:
         self._closed = False
         try:
             devices = DeviceChoice(device_name, nic_priority_matrix, auto_discovery)
-            self._start(name, metadata, protocol, bind_address, bind_all, devices)
+            with limited(f"engine {name!r} cannot start"):
+                self._start(name, metadata, protocol, bind_address, bind_all, devices)
         except BaseException:
             self.close()
             raise
@@ -158,9 +160,10 @@ class TransferEngine:
         """`nbytes` of zeroed shared memory, registered, as a uint8 array; peers on this host may map it.
 
         It lives until it is unregistered (or the engine closed) and the last view of it is gone. Rights are those of
-        `register`. Raises RegistrationError, and as `register`.
+        `register`. Raises RegistrationError, LimitError, and as `register`.
         """
-        file = MemoryFile(nbytes)
+        with limited(f"{nbytes} bytes cannot be allocated"):
+            file = MemoryFile(nbytes)
         array = file.array
         rights = remote_accessible, array, file, True, writable_by_peers
         self._add([Registration(file.address, nbytes, location, False, *rights)])

@@ -10,6 +10,7 @@ MooncakeError
 │   └── NameInUse                               a living process holds this name
 ├── RegistrationError (ValueError)    memory that cannot be registered, or is not
 ├── WorkerError                       a worker process failed and could not be replaced
+├── LimitError                        a limit of the process or the machine is reached
 ├── LockHeld (TimeoutError)           another process holds a lock file
 ├── P2PError                          the P2P Store refused or failed
 │   ├── ObjectNotFound (LookupError)            nobody holds such an object, or all of it
@@ -92,6 +93,10 @@ class IntegrityError(P2PError):
 
 class WorkerError(MooncakeError):
     """A worker process failed and could not be replaced."""
+
+
+class LimitError(MooncakeError):
+    """A limit of this process or machine is reached (descriptors, threads, memory, disk); the text says which."""
 
 
 class LockHeld(MooncakeError, TimeoutError):

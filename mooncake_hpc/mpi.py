@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mooncake_hpc.errors import AuthenticationError, ConfigError, MetadataError, MooncakeError, SegmentNotFound
 from mooncake_hpc.hosts import Host
+from mooncake_hpc.names import check_name
 from mooncake_hpc.verdict import Failure, Verdict
 
 if TYPE_CHECKING:
@@ -66,8 +67,12 @@ def detect(env: Mapping[str, str] | None = None) -> Launch | None:
 
 
 def default_name(launch: Launch | None, host: str | None = None) -> str:
-    """The default segment name: the host's name, and under a launcher a port that differs by rank."""
+    """The default segment name: the host's name, and under a launcher a port that differs by rank.
+
+    Raises ConfigError for a host whose name is no text that others can be told.
+    """
     host = host or socket.gethostname()
+    check_name(host, "the host's name (--local_server_name gives another one)")
     return f"{host}:{FIRST_PORT + launch.rank}" if launch else host
 
 

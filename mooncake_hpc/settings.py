@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.names import check_unicode
 
 TRUE, FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off", ""}
 EPHEMERAL = range(32768, 61000)  # Linux' default ip_local_port_range: the original refuses it for RPC ports
@@ -112,7 +113,9 @@ class _Reader:
         self.env = env
 
     def text(self, name: str) -> str:
-        return self.env.get(name, "").strip()
+        value = self.env.get(name, "").strip()
+        check_unicode(value, name)
+        return value
 
     def boolean(self, name: str) -> bool:
         value = self.text(name).lower()

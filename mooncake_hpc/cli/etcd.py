@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from mooncake_hpc.cli import glog
+from mooncake_hpc.cli import glog, streams
 from mooncake_hpc.cli.gflags import Flag, FlagSet, Parsed
 from mooncake_hpc.errors import ConfigError
 from mooncake_hpc.metadata.cluster import EtcdMember
@@ -39,11 +39,15 @@ def main(arguments: Sequence[str], command: Sequence[str] = ()) -> int:
     flags = FLAGS.parse(arguments, os.environ)
     if FLAGS.answer(flags):
         return 0
+    if flags.boolean("until_eof") and streams.input_closed():
+        raise ConfigError("--until_eof: the standard input is closed; give it a pipe that ends when etcd is to end")
     glog.set_up(flags)
     with _server(flags, Settings.from_env()) as etcd:
         try:
             sys.stdout.write(f"{etcd.endpoint}\n")  # in one piece: members share srun's output
             sys.stdout.flush()
+            if streams.output_lost():
+                return 0  # nobody knows the endpoint
             while flags.boolean("until_eof"):
                 if not os.read(sys.stdin.fileno(), 4096):
                     return 0

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mooncake_hpc import __version__
 from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.names import check_unicode
 
 Value = bool | int | float | str
 TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
@@ -34,6 +35,7 @@ class Flag:
 
     def parse(self, text: str) -> Value:
         """The value of `text`; ConfigError says what is accepted."""
+        check_unicode(text, f"--{self.name}")
         try:
             value = _CONVERTERS[type(self.default)](text)
         except ValueError:
