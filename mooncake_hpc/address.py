@@ -9,13 +9,15 @@ from __future__ import annotations
 import errno
 import ipaddress
 import logging
+import os
+import select
 import socket
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.interrupt import Interrupt, Interrupted
 from mooncake_hpc.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -68,56 +70,71 @@ def look_up(host: str, port: int | None, flags: int = 0) -> list[Any]:
     raise socket.gaierror(socket.EAI_NONAME, f"{host[:80]!r} is not a host name")
 
 
-def resolve(host: str, port: int, timeout: float = RESOLVE_TIMEOUT, ipv6_first: bool = False) -> list[Any]:
+def resolve(
+    host: str,
+    port: int,
+    timeout: float = RESOLVE_TIMEOUT,
+    ipv6_first: bool = False,
+    interrupt: Interrupt | None = None,
+) -> list[Any]:
     """`getaddrinfo`'s entries for TCP, under a deadline of `timeout` seconds.
 
-    Raises OSError (`socket.gaierror`, or TimeoutError when the name service does not answer).
+    Raises OSError (`socket.gaierror`, Interrupted, or TimeoutError when the name service does not answer).
     """
     try:
         return look_up(host, port, socket.AI_NUMERICHOST)
     except socket.gaierror:
         pass  # not a literal address
-    answer: list[Any] = []
-
-    def ask() -> None:
-        try:
-            answer.append(look_up(host, port))
-        except Exception as error:
-            answer.append(error)
-
-    asking = threading.Thread(target=ask, name="mooncake-resolve", daemon=True)  # getaddrinfo has no deadline
-    asking.start()
-    asking.join(timeout)
-    if not answer:
-        raise TimeoutError(errno.ETIMEDOUT, f"no answer about the host name {host!r} within {timeout:g} s")
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    entries: list[Any] = answer[0]
+    try:
+        # getaddrinfo has no deadline
+        entries = (interrupt or Interrupt()).call(lambda: look_up(host, port), timeout)
+    except TimeoutError:
+        text = f"no answer about the host name {host!r} within {timeout:g} s"
+        raise TimeoutError(errno.ETIMEDOUT, text) from None
     return sorted(entries, key=lambda entry: (entry[0] == socket.AF_INET6) != ipv6_first)
 
 
-def dial(host: str, port: int, deadline: float) -> socket.socket:
+def dial(host: str, port: int, deadline: float, interrupt: Interrupt | None = None) -> socket.socket:
     """A blocking connection to the first of the host's addresses that accepts, until `deadline` (time.monotonic()).
 
-    Each address gets its share of the time, so that a silent one leaves some to the next. Raises OSError.
+    Each address gets its share of the time, so that a silent one leaves some to the next. Raises OSError,
+    Interrupted among it.
     """
+    interrupt = interrupt or Interrupt()
     failure = OSError(f"{host!r} has no address")
-    entries = resolve(host, port, max(0.0, deadline - time.monotonic()))
+    entries = resolve(host, port, max(0.0, deadline - time.monotonic()), interrupt=interrupt)
     for index, (family, kind, protocol, _, target) in enumerate(entries):
         share = (deadline - time.monotonic()) / (len(entries) - index)
         if share <= 0:
             raise TimeoutError(errno.ETIMEDOUT, f"no answer from {host!r} in time")
         connection = socket.socket(family, kind, protocol)
         try:
-            connection.settimeout(share)
-            connection.connect(target)
+            _connect(connection, target, share, interrupt)
             return connection
         except BaseException as error:
             connection.close()
-            if not isinstance(error, OSError):
+            if not isinstance(error, OSError) or isinstance(error, Interrupted):
                 raise
             failure = error
     raise failure
+
+
+def _connect(connection: socket.socket, target: Any, timeout: float, interrupt: Interrupt) -> None:
+    """Raises OSError, Interrupted among it."""
+    connection.setblocking(False)
+    code = connection.connect_ex(target)
+    if code == errno.EINPROGRESS:
+        with interrupt.cuts(connection):  # in vain before connect()
+            waiting = select.poll()
+            waiting.register(connection, select.POLLOUT)
+            if not waiting.poll(timeout * 1000):
+                raise TimeoutError(errno.ETIMEDOUT, "timed out")
+        if interrupt.is_set:
+            raise Interrupted
+        code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code:
+        raise OSError(code, os.strerror(code))
+    connection.settimeout(timeout)
 
 
 def is_local(address: str) -> bool:

@@ -151,6 +151,8 @@ class Batch:
         their connection is cut. Raises TransferTimeout if even that does not end them.
         """
         self._words[layout.CANCEL // 8] = 1
+        for lane in self._lanes:
+            lane.drop_cancelled()
         if self.join(0.2):
             return
         for lane in self._lanes:

@@ -382,6 +382,8 @@ class TransferEngine:
         with self._lock:
             closers, self._closers = self._closers[::-1], []
             self._closed = True
+        for segment in self._segments.values():  # all at once: none is waited for before the others know
+            _quietly(segment.stop)
         for segment in self._segments.values():
             _quietly(segment.close)
         for closer in closers:

@@ -21,7 +21,8 @@ MooncakeError
 └── TransferError
     ├── AddressRejected (ValueError)  an address outside the peer's (or our own) registered buffers
     ├── PeerLost (ConnectionError)    the peer died, restarted or cannot be reached
-    │   └── AuthenticationError (PermissionError)   the peer or we have no secret, or another one
+    │   ├── AuthenticationError (PermissionError)   the peer or we have no secret, or another one
+    │   └── PeerSilent                          it does not answer: stopped, busy or cut off, not known to be dead
     ├── TransferTimeout (TimeoutError)
     └── TransferCancelled
 """
@@ -129,6 +130,10 @@ class AuthenticationError(PeerLost, PermissionError):
     def __init__(self, text: str, reason: str = "") -> None:
         super().__init__(text)
         self.reason = reason
+
+
+class PeerSilent(PeerLost):
+    """The peer does not answer in time: it is stopped, busy or cut off, and may come back. It may be dead, too."""
 
 
 class TransferTimeout(TransferError, TimeoutError):

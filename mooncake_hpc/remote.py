@@ -14,6 +14,7 @@ from mooncake_hpc.control import client
 from mooncake_hpc.control.directory import Directory
 from mooncake_hpc.control.frames import Kind
 from mooncake_hpc.errors import AuthenticationError, MetadataError, MetadataUnavailable, PeerLost, SegmentNotFound
+from mooncake_hpc.interrupt import Interrupt, Interrupted
 from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.transports.base import Route, Transport
@@ -35,6 +36,7 @@ class Segment:
         self.id = number
         self.name = name
         self.routes: list[Route] = []
+        self.interrupt = Interrupt()  # set when it is closed
         self._directory = directory
         self._settings = settings
         self._authentication = authentication or Authentication()
@@ -87,7 +89,9 @@ class Segment:
         """Read the descriptor again. Raises PeerLost when its process was replaced or is gone."""
         with self._lock:
             try:
-                newest = self._directory.lookup(self.name)
+                newest = self.interrupt.call(lambda: self._directory.lookup(self.name))
+            except Interrupted as error:
+                raise PeerLost(f"segment {self.name!r} is closed") from error
             except SegmentNotFound as error:
                 raise PeerLost(f"segment {self.name!r} is gone: {error}") from error
             except MetadataUnavailable:
@@ -102,13 +106,17 @@ class Segment:
         return newest
 
     def fence(self, connection: str, timeout: float) -> bool:
-        reply = client.probe(self._rpc_address, timeout + 1.0, self._settings, connection, timeout, self.expected)
+        reply = client.probe(
+            self._rpc_address, timeout + 1.0, self._settings, connection, timeout, self.expected, self.interrupt
+        )
         if reply.generation != self._descriptor.generation:
             raise PeerLost(f"segment {self.name!r}: another process answers at {self._rpc_address}")
         return reply.fenced
 
     def handshake(self, request: dict[str, Any], timeout: float) -> str:
-        return client.exchange(self._rpc_address, Kind.CONNECTION, request, timeout, self._settings, self.expected)
+        return client.exchange(
+            self._rpc_address, Kind.CONNECTION, request, timeout, self._settings, self.expected, self.interrupt
+        )
 
     def replaced(self) -> bool:
         """Whether the name now belongs to another process, or to none."""
@@ -133,12 +141,22 @@ class Segment:
         found = (route.mapped(address, nbytes) for route in self.routes)
         return next((array for array in found if array is not None), None)
 
+    def stop(self) -> None:
+        """End all waits for the peer and all transfers, and return at once. Idempotent."""
+        self.interrupt.set()
+        for route in self.routes:
+            route.stop()
+
     def close(self) -> None:
+        """End it. Idempotent."""
+        self.stop()
         for route in self.routes:
             route.close()
 
     def _probe_same(self) -> None:
         """Without a metadata store, the peer itself says whether it is the same process."""
-        reply = client.probe(self._rpc_address, PROBE_TIMEOUT, self._settings, expected=self.expected)
+        reply = client.probe(
+            self._rpc_address, PROBE_TIMEOUT, self._settings, expected=self.expected, interrupt=self.interrupt
+        )
         if reply.generation != self._descriptor.generation:
             raise PeerLost(f"segment {self.name!r}: another process answers at {self._rpc_address}")

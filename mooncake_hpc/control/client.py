@@ -21,6 +21,7 @@ from mooncake_hpc.errors import (
     PeerLost,
     TransferError,
 )
+from mooncake_hpc.interrupt import Interrupt
 from mooncake_hpc.names import check_text, check_unicode
 from mooncake_hpc.segment import Ours, SegmentDescriptor
 from mooncake_hpc.settings import Settings
@@ -60,7 +61,13 @@ ANYBODY = Expected(Authentication())
 
 
 def exchange(
-    address: str, kind: Kind, payload: Any, timeout: float, settings: Settings, expected: Expected = ANYBODY
+    address: str,
+    kind: Kind,
+    payload: Any,
+    timeout: float,
+    settings: Settings,
+    expected: Expected = ANYBODY,
+    interrupt: Interrupt | None = None,
 ) -> str:
     """Send one frame to `address` (`host:port`) and return the reply's JSON text, within `timeout` seconds.
 
@@ -75,7 +82,7 @@ def exchange(
         raise ConfigError(f"{what}: a frame of {len(request)} bytes is above {limit}, which its receiver has as well")
     deadline = time.monotonic() + timeout
     try:
-        body = _ask(address, request, deadline, settings, expected, what)
+        body = _ask(address, request, deadline, settings, expected, what, interrupt or Interrupt())
         reply = frames.decode(body)
     except (PeerLost, ConfigError):
         raise
@@ -91,7 +98,15 @@ def exchange(
     return reply.text
 
 
-def _ask(address: str, request: bytes, deadline: float, settings: Settings, expected: Expected, what: str) -> bytes:
+def _ask(
+    address: str,
+    request: bytes,
+    deadline: float,
+    settings: Settings,
+    expected: Expected,
+    what: str,
+    interrupt: Interrupt,
+) -> bytes:
     """The body of the reply, proved where that is required of the peer at this address."""
     host, port = split(address, settings.handshake_port)
     limit = settings.handshake_max_length
@@ -99,10 +114,10 @@ def _ask(address: str, request: bytes, deadline: float, settings: Settings, expe
     while True:
         connected_by = min(deadline, time.monotonic() + settings.handshake_connect_timeout)
         try:
-            connection = dial(host, port, connected_by)
+            connection = dial(host, port, connected_by, interrupt)
         except OSError as error:
             raise PeerLost(f"{what}: cannot connect: {error.strerror or error}") from error
-        with connection:
+        with connection, interrupt.cuts(connection):
             if not proving:
                 frames.send(connection, frames.pack(request), deadline)
                 body = frames.receive_body(connection, limit, deadline)
@@ -124,6 +139,7 @@ def probe(
     fence: str = "",
     fence_timeout: float = 0.0,
     expected: Expected = ANYBODY,
+    interrupt: Interrupt | None = None,
 ) -> ProbeReply:
     """Ask whether a process lives at `address`. Raises PeerLost when nobody answers.
 
@@ -131,7 +147,7 @@ def probe(
     ignores this, and `fenced` is False then.
     """
     request: dict[str, Any] = {"fence": fence, "timeout": fence_timeout} if fence else {}
-    text = exchange(address, Kind.PROBE, request, timeout, settings, expected)
+    text = exchange(address, Kind.PROBE, request, timeout, settings, expected, interrupt)
     try:
         reply = _read_probe(text, "the reply")
     except MalformedRecord as error:

@@ -49,6 +49,7 @@ LANE_ONE = 504  # holds 1, written to eventfds
 LEAD = 512  # address of the transport's `lead`, as a C function: how `leader.drive` moves bytes
 YIELD = 520  # 1: the leader is to leave, Python wants the lane
 WANTED = 528  # 1: Python is to look after the connection
+PLACEHOLDER = 536  # address of a cancelled batch of one slice, followed by that: what stands for an entry taken out
 LANE_WORDS = 72  # the words from 128 to 471 belong to the transport
 
 DOWN, UP, CLOSED = 0, 1, 2
@@ -60,6 +61,7 @@ ENTRY_DONE = 24  # completed slices, for a transport that completes them in any 
 # --- slice: 4 words
 SLICE, LOCAL, REMOTE, LENGTH, META = 32, 0, 8, 16, 24  # META: request index << 8 | flags
 WRITING, SKIPPED, HIDDEN = 1, 2, 4  # flags: opcode; never sent; a fence of the lane's own, no request's slice
+RETRIED = 16  # flag: the peer has refused it once
 
 # --- batch block
 REMAINING = 0  # slices not yet completed
@@ -80,6 +82,13 @@ QUEUED = 120  # of `slicer.repeat`: what is in a lane's queue
 STARTED = 128  # of `slicer.repeat`: when that was submitted
 GOAL = 136  # address of the status of a request that somebody waits for, or 0
 BATCH_WORDS = 18
+
+# --- the placeholder's block: a batch block, its only status, slice count and slice
+PLACEHOLDER_STATUS = 8 * BATCH_WORDS
+PLACEHOLDER_PENDING = PLACEHOLDER_STATUS + 8
+PLACEHOLDER_SLICE = PLACEHOLDER_PENDING + 8
+PLACEHOLDER_WORDS = PLACEHOLDER_SLICE // 8 + SLICE // 8
+ENDLESS = 1 << 62  # slices of a placeholder: it is never done, and wakes nobody
 
 # --- failure codes of a slice, negative as bytes
 REJECTED, LOST, TIMED_OUT, CANCELLED, MALFORMED = -1, -2, -3, -4, -5
@@ -176,10 +185,47 @@ def fail_all(lane, code):
 
 
 @kernel
+def is_cancelled(lane, entry):
+    """Whether the entry's batch is cancelled and still in the queue."""
+    batch = get(entry + ENTRY_BATCH)
+    return batch != get(lane + PLACEHOLDER) and load(batch + CANCEL) != 0
+
+
+@kernel
+def take_out(lane, seq):
+    """Fail what is left of entry `seq` as cancelled, wherever it is in the queue (the lane's owner only).
+
+    A placeholder stays, which passes through the queue as any cancelled batch does. So nothing else has to know of it.
+    """
+    entry = get(lane + RING) + ENTRY * (seq & (get(lane + DEPTH) - 1))
+    slices, count, batch = get(entry + ENTRY_SLICES), get(entry + ENTRY_COUNT), get(entry + ENTRY_BATCH)
+    first = 0
+    if seq == get(lane + HEAD):
+        first = get(lane + DONE_SLICES)
+        put(lane + DONE_SLICES, 0)
+    placeholder = get(lane + PLACEHOLDER)
+    put(entry + ENTRY_SLICES, placeholder + PLACEHOLDER_SLICE)
+    put(entry + ENTRY_COUNT, 1)
+    put(entry + ENTRY_BATCH, placeholder)
+    put(entry + ENTRY_DONE, 0)
+    for index in range(first, count):
+        finish_slice(batch, get(slices + SLICE * index + META), CANCELLED)
+
+
+@kernel
+def drop_placeholders(lane):
+    """Take placeholders from the head of the queue (the owner of a lane without a connection only)."""
+    while get(lane + HEAD) != load(lane + TAIL) and get(head_entry(lane) + ENTRY_BATCH) == get(lane + PLACEHOLDER):
+        finish_head(lane, CANCELLED)
+
+
+@kernel
 def drop_cancelled(lane):
-    """Complete the cancelled batches at the head of the queue (as `fail_head_entry`): they need no connection."""
-    while get(lane + HEAD) != load(lane + TAIL) and load(get(head_entry(lane) + ENTRY_BATCH) + CANCEL) != 0:
-        fail_head_entry(lane, CANCELLED)
+    """Complete all cancelled batches (the owner of a lane over which nothing is under way only)."""
+    for seq in range(get(lane + HEAD), load(lane + TAIL)):
+        if is_cancelled(lane, get(lane + RING) + ENTRY * (seq & (get(lane + DEPTH) - 1))):
+            take_out(lane, seq)
+    drop_placeholders(lane)
 
 
 @kernel
@@ -252,3 +298,11 @@ def seize(lane, until):
 def go_up(lane):
     """DOWN to UP, unless the lane was closed meanwhile."""
     compare_exchange(lane + STATE, DOWN, UP)
+
+
+@kernel
+def go_down(lane, cause):
+    """UP to DOWN, unless the lane was closed meanwhile (the lane's owner only)."""
+    if compare_exchange(lane + STATE, UP, DOWN) == UP:
+        put(lane + CAUSE, cause)
+    ring_thread(lane)

@@ -16,6 +16,7 @@ from mooncake_hpc.kernels.lane import (
     AGAIN,
     ASLEEP,
     BROKEN,
+    CANCELLED,
     CAUSE,
     DOORBELL,
     EMPTY,
@@ -35,8 +36,10 @@ from mooncake_hpc.kernels.lane import (
     TIMED_OUT,
     WANTED,
     YIELD,
+    is_cancelled,
     outcome,
     ring_thread,
+    take_out,
 )
 from mooncake_hpc.kernels.native import epoll_wait, fence, get, load, now, pause, put, read, store
 from mooncake_hpc.kernels.rails import (
@@ -69,7 +72,9 @@ from mooncake_hpc.kernels.rails import (
     RAIL_QPS,
     RAIL_STATE,
     RAILS,
+    RETRY,
     RETRY_HEAD,
+    RETRY_MASK,
     RETRY_TAIL,
     SCRATCH,
     SEND_SEQ,
@@ -226,8 +231,24 @@ def fail_queue(lane, code):
 
 @kernel
 def drop_cancelled(lane):
-    """Complete what is cancelled and not under way (the lane's owner only)."""
-    peek(lane)
+    """Complete what is cancelled and not under way, wherever it is in the queue (the lane's owner only)."""
+    ring, mask, kept = get(lane + RETRY), get(lane + RETRY_MASK), get(lane + RETRY_HEAD)
+    for at in range(kept, get(lane + RETRY_TAIL)):
+        slot = ring + 16 * (at & mask)
+        piece, seq = get(slot), get(slot + 8)
+        if is_cancelled(lane, entry_of(lane, seq)):
+            finish(lane, seq, piece, CANCELLED)
+        else:
+            put(ring + 16 * (kept & mask), piece)
+            put(ring + 16 * (kept & mask) + 8, seq)
+            kept += 1
+    put(lane + RETRY_TAIL, kept)
+    peek(lane)  # of an entry that was posted in part, the rest
+    for seq in range(get(lane + SEND_SEQ), load(lane + TAIL)):
+        started = seq == get(lane + SEND_SEQ) and get(lane + SEND_SLICE) > 0
+        if is_cancelled(lane, entry_of(lane, seq)) and not started:
+            take_out(lane, seq)
+    peek(lane)  # past what was taken out
     retire_entries(lane)
 
 

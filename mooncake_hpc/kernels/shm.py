@@ -34,7 +34,7 @@ from mooncake_hpc.kernels.lane import (
     outcome,
 )
 from mooncake_hpc.kernels.native import below, copy, errno, fence, get, load, now, put, recv, store
-from mooncake_hpc.kernels.ranges import room
+from mooncake_hpc.kernels.ranges import covered
 
 # --- words of the lane block
 FD = 128  # Unix socket to the peer; its end is the peer's end
@@ -56,39 +56,42 @@ NAP = 50_000_000
 
 
 @kernel
-def _here(lane, address, length):
-    """Where the peer's `length` bytes at `address` are mapped in our process, in one piece; 0: nowhere."""
+def _here(lane, address):
+    """Where the peer's `address` is mapped in our process, and how far in one piece; (0, 0): nowhere."""
     files = get(lane + FILES)
     for index in range(get(files)):
         entry = files + 8 + 24 * index
         offset = address - get(entry)
-        if below(offset, get(entry + 8)) and length <= get(entry + 8) - offset:
-            return offset + get(entry + 16)
-    return 0
+        if below(offset, get(entry + 8)):
+            return offset + get(entry + 16), get(entry + 8) - offset
+    return 0, 0
 
 
 @kernel
 def _copy_some(lane, budget):
-    """Copy at most `budget` bytes of the head slice, completing it when whole; the bytes."""
+    """Copy at most `budget` bytes of the head slice, completing it when whole; the bytes.
+
+    A slice may cross borders: the peer's buffers, as they were when it was cut, may be others now.
+    """
     entry = head_entry(lane)
     piece = get(entry + ENTRY_SLICES) + SLICE * get(lane + DONE_SLICES)
     writing = get(piece + META) & WRITING
     length, remote, offset = get(piece + LENGTH), get(piece + REMOTE), get(lane + OFFSET)
-    theirs = _here(lane, remote, length)
     if load(get(entry + ENTRY_BATCH) + CANCEL) != 0:
         put(lane + OFFSET, 0)
         finish_head(lane, CANCELLED)
         return 0
-    if theirs == 0 or room(get(get(lane + TABLES) + 8 * writing), remote) < length:
+    theirs, mapped = _here(lane, remote + offset)
+    if theirs == 0 or not covered(get(get(lane + TABLES) + 8 * writing), remote, length):
         put(lane + OFFSET, 0)
         finish_head(lane, REJECTED)
         return 0
-    size = min(length - offset, budget)
+    size = min(length - offset, budget, mapped)
     ours = get(piece + LOCAL) + offset
     if writing:
-        copy(theirs + offset, ours, size)
+        copy(theirs, ours, size)
     else:
-        copy(ours, theirs + offset, size)
+        copy(ours, theirs, size)
     if offset + size == length:
         put(lane + OFFSET, 0)
         finish_head(lane, 0)

@@ -33,11 +33,16 @@ from mooncake_hpc.kernels.lane import (
     RING,
     SKIPPED,
     SLICE,
+    STATE,
     STRANGER,
     TAIL,
+    UP,
     WRITING,
+    drop_placeholders,
     finish_head,
     head_entry,
+    is_cancelled,
+    take_out,
 )
 from mooncake_hpc.kernels.native import get, load, now, put
 from mooncake_hpc.kernels.sockets import LIST, append
@@ -67,6 +72,11 @@ EOF = -100  # CAUSE: the peer closed the connection
 
 
 @kernel
+def _entry(lane, seq):
+    return get(lane + RING) + ENTRY * (seq & (get(lane + DEPTH) - 1))
+
+
+@kernel
 def reset(lane):
     """Start on a fresh connection at the first slice that is not completed."""
     put(lane + SEND_SEQ, get(lane + HEAD))
@@ -79,22 +89,72 @@ def reset(lane):
 
 
 @kernel
+def _frame_bytes(lane, seq, at):
+    """What the send list holds of this slice: its header, and the body of a WRITE."""
+    piece = get(_entry(lane, seq) + ENTRY_SLICES) + SLICE * at
+    meta = get(piece + META)
+    if meta & SKIPPED:
+        return 0
+    return 24 + get(piece + LENGTH) if meta & WRITING else 24
+
+
+@kernel
+def retract(lane):
+    """Once the connection is dead: those slices count as not sent of which the socket took no byte."""
+    unsent = 0
+    for index in range(get(lane + SEND_AT), get(lane + SEND_END)):
+        unsent += get(get(lane + SEND_LIST) + 16 * index + 8)
+    seq, at = get(lane + SEND_SEQ), get(lane + SEND_SLICE)
+    while unsent > 0:
+        before, last = (seq, at - 1) if at > 0 else (seq - 1, get(_entry(lane, seq - 1) + ENTRY_COUNT) - 1)
+        unsent -= _frame_bytes(lane, before, last)
+        if unsent >= 0:
+            seq, at = before, last
+    put(lane + SEND_SEQ, seq)
+    put(lane + SEND_SLICE, at)
+    put(lane + SEND_AT, get(lane + SEND_END))
+
+
+@kernel
+def _is_free(lane, seq):
+    """Whether nothing of entry `seq` can be under way: not sent, or READs of a connection that is dead."""
+    last, at = get(lane + SEND_SEQ), get(lane + SEND_SLICE)
+    if seq > last or (seq == last and at == 0):
+        return True
+    if load(lane + STATE) == UP:
+        return False
+    entry = _entry(lane, seq)
+    first = get(lane + DONE_SLICES) if seq == get(lane + HEAD) else 0
+    for index in range(first, at if seq == last else get(entry + ENTRY_COUNT)):
+        meta = get(get(entry + ENTRY_SLICES) + SLICE * index + META)
+        if meta & WRITING and meta & SKIPPED == 0:
+            return False
+    return True
+
+
+@kernel
+def drop_cancelled(lane):
+    """Complete the cancelled batches of which nothing is under way (the lane's owner only)."""
+    for seq in range(get(lane + HEAD), load(lane + TAIL)):
+        if is_cancelled(lane, _entry(lane, seq)) and _is_free(lane, seq):
+            take_out(lane, seq)
+    if load(lane + STATE) != UP:
+        drop_placeholders(lane)
+
+
+@kernel
 def writes_in_flight(lane):
     """Whether a WRITE has been given to the socket, wholly or partly, and not completed."""
     seq, at = get(lane + HEAD), get(lane + DONE_SLICES)
     while seq < get(lane + SEND_SEQ) or (seq == get(lane + SEND_SEQ) and at < get(lane + SEND_SLICE)):
         entry = _entry(lane, seq)
-        if get(get(entry + ENTRY_SLICES) + SLICE * at + META) & WRITING:
+        meta = get(get(entry + ENTRY_SLICES) + SLICE * at + META)
+        if meta & WRITING and meta & SKIPPED == 0:
             return True
         at += 1
         if at == get(entry + ENTRY_COUNT):
             seq, at = seq + 1, 0
     return False
-
-
-@kernel
-def _entry(lane, seq):
-    return get(lane + RING) + ENTRY * (seq & (get(lane + DEPTH) - 1))
 
 
 @kernel
@@ -216,3 +276,6 @@ def settle(lane):
             return result
         put(lane + WINDOW_DONE, get(lane + WINDOW_DONE) + 1)
     return 0
+
+
+KERNELS = reset, retract, drop_cancelled, writes_in_flight  # what Python calls

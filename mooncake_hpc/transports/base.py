@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mooncake_hpc.authentication import Expected
+from mooncake_hpc.interrupt import Interrupt
 from mooncake_hpc.kernels import ranges, slicer
 from mooncake_hpc.memory import MemoryFile
 from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
@@ -67,6 +68,7 @@ class Peer(Protocol):
     """A remote segment as a transport sees it."""
 
     name: str
+    interrupt: Interrupt  # ends whatever waits for the peer
 
     @property
     def descriptor(self) -> SegmentDescriptor:
@@ -116,8 +118,14 @@ class Route(ABC):
         """These bytes of the peer's registered memory, where this process can read them in place; read-only."""
         return None
 
+    def stop(self) -> None:
+        """Have all lanes end, without waiting for that. Idempotent."""
+        for lane in self.lanes:
+            lane.stop()
+
     def close(self) -> None:
         """Close all lanes. Idempotent."""
+        self.stop()
         for lane in self.lanes:
             lane.close()
 

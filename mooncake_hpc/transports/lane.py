@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from mooncake_hpc.errors import PeerLost, TransferTimeout
 from mooncake_hpc.kernels import digesting, leader
@@ -24,12 +27,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEPTH = 1024  # batches in a lane's queue; more wait in `push`
+OWN_TIMEOUT = 5_000_000_000  # ns for the thread that moves a lane's bytes to leave it: a native call takes 50 ms
+CLOSE_TIMEOUT = 10.0  # seconds for a lane's thread to end
 SPIN = 50_000  # ns: longer than a loopback round trip, shorter than what a sleep and a wake-up cost
 
 SHARED_KERNELS = (  # what this module and `batch` call; transports compile them ahead with their own
-    layout.enqueue, layout.await_room, layout.hurry, layout.seize, layout.go_up, layout.ring_thread, layout.ring_leader,
-    layout.abandon, layout.finish_head, layout.fail_all, layout.drop_cancelled, leader.drive, leader.attend,
-    leader.await_work, leader.hand_over, leader.await_batch, leader.await_request,
+    layout.enqueue, layout.await_room, layout.hurry, layout.seize, layout.go_up, layout.go_down, layout.ring_thread,
+    layout.ring_leader, layout.abandon, layout.finish_head, layout.fail_all, layout.drop_cancelled, leader.drive,
+    leader.attend, leader.await_work, leader.hand_over, leader.await_batch, leader.await_request,
     digesting.digest_requests,
 )  # fmt: skip
 
@@ -37,6 +42,23 @@ SHARED_KERNELS = (  # what this module and `batch` call; transports compile them
 def spin_time() -> int:
     """How long to poll before sleeping, in ns: not at all where the peer needs our only core."""
     return SPIN if len(os.sched_getaffinity(0)) > 1 else 0
+
+
+def _placeholder() -> npt.NDArray[np.int64]:
+    """See `kernels.lane.take_out`."""
+    block = np.zeros(layout.PLACEHOLDER_WORDS, np.int64)
+    base = int(block.ctypes.data)
+    for word, value in (
+        (layout.REMAINING, layout.ENDLESS),
+        (layout.EVENT, -1),
+        (layout.CANCEL, 1),
+        (layout.STATUS, base + layout.PLACEHOLDER_STATUS),
+        (layout.PENDING, base + layout.PLACEHOLDER_PENDING),
+        (layout.PLACEHOLDER_PENDING, layout.ENDLESS),
+        (layout.PLACEHOLDER_SLICE + layout.META, layout.SKIPPED),
+    ):
+        block[word // 8] = value
+    return block
 
 
 class Lane(ABC):
@@ -55,6 +77,8 @@ class Lane(ABC):
         self.address = int(self.words.ctypes.data)
         self._head = self.words.data[layout.HEAD // 8 :]
         self._ring = np.zeros(DEPTH * layout.ENTRY // 8, np.int64)
+        self._placeholder = _placeholder()
+        self._set(layout.PLACEHOLDER, int(self._placeholder.ctypes.data))
         self._doorbell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._set(layout.RING, int(self._ring.ctypes.data))
         self._set(layout.DEPTH, DEPTH)
@@ -139,6 +163,36 @@ class Lane(ABC):
         """Have the lane's thread move the queue at once: somebody waits who cannot."""
         layout.hurry(self.address)
 
+    def drop_cancelled(self) -> None:
+        """Complete the cancelled batches in the queue of which nothing is under way, if there is a connection or not.
+
+        Where a thread moves the lane's bytes, it makes way within NATIVE_CALL. No wait is longer than OWN_TIMEOUT.
+        """
+        with contextlib.suppress(PeerLost), self.owned():
+            self._drop_cancelled()
+        self.hurry()
+
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Be the lane's owner for a moment: nobody moves bytes meanwhile. Raises PeerLost."""
+        if self._doorbell < 0:
+            raise PeerLost(f"{self.peer}: the lane {self.name} is closed")
+        self._set(layout.YIELD, 1)
+        layout.ring_leader(self.address)
+        try:
+            if not layout.seize(self.address, time.monotonic_ns() + OWN_TIMEOUT):
+                raise PeerLost(f"{self.peer}: the lane {self.name} is stuck")
+        finally:
+            self._set(layout.YIELD, 0)
+        try:
+            yield
+        finally:
+            leader.hand_over(self.address)
+
+    @abstractmethod
+    def _drop_cancelled(self) -> None:
+        """As `drop_cancelled`, as the lane's owner."""
+
     @abstractmethod
     def interrupt(self) -> None:
         """Cut the connection under a cancelled batch; the others' slices go on over a new one."""
@@ -149,23 +203,32 @@ class Lane(ABC):
 
     @abstractmethod
     def repair(self) -> None:
-        """Called by the lane's thread, as the lane's owner, when it is DOWN: leave it UP, or its queue failed."""
+        """Called by the lane's thread when it is DOWN: leave it UP, or its queue failed.
+
+        It owns the lane (`owned`) where it touches the queue, and not while it waits for anything: cancelled batches
+        are taken out meanwhile. Whoever sets the peer's `interrupt` ends its waits.
+        """
+
+    def stop(self) -> None:
+        """Have the lane end, without waiting for that. Idempotent."""
+        self._set(layout.STATE, layout.CLOSED)
+        if self._thread.is_alive():
+            self.interrupt()
+            layout.ring_thread(self.address)
+            layout.ring_leader(self.address)
 
     def close(self) -> None:
         """Fail what is queued, end the thread, release everything. Idempotent."""
-        self._set(layout.STATE, layout.CLOSED)
+        self.stop()
         if not self._thread.is_alive():
             self._finish()
             return
-        self.interrupt()
-        layout.ring_thread(self.address)
-        layout.ring_leader(self.address)
-        self._thread.join(10.0)
+        self._thread.join(CLOSE_TIMEOUT)
 
     def _finish(self) -> None:
         if self._doorbell < 0:  # closed before
             return
-        seized = layout.seize(self.address, time.monotonic_ns() + 5_000_000_000)
+        seized = layout.seize(self.address, time.monotonic_ns() + OWN_TIMEOUT)
         self.fail_queue(layout.CANCELLED)
         self.disconnect()
         if seized:
@@ -195,20 +258,12 @@ class Lane(ABC):
                 leader.attend(self.address)
                 self.tend()
                 if self._get(layout.STATE) == layout.DOWN:
-                    self._repair()
+                    self.repair()
                     leader.await_work(self.address)
                 trouble.over()
             except Exception as error:
                 time.sleep(trouble.pause_s(error))
         self._finish()
-
-    def _repair(self) -> None:
-        if not layout.seize(self.address, time.monotonic_ns() + 1_000_000_000):
-            return
-        try:
-            self.repair()
-        finally:
-            self._set(layout.OWNER, 0)
 
     def _get(self, word: int) -> int:
         return int(self.words[word // 8])

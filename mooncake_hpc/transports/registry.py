@@ -42,7 +42,7 @@ def make_transports(
     if protocol in ("shm", "auto"):
         from mooncake_hpc.transports.shm import ShmTransport
 
-        made.append(ShmTransport(authentication))
+        made.append(ShmTransport(settings.handshake_connect_timeout, authentication))
     try:
         if protocol == "rdma" or (protocol == "auto" and _has_rdma(devices, settings)):
             made.append(_rdma(devices, settings))

@@ -6,13 +6,13 @@ import contextlib
 import logging
 import select
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from mooncake_hpc.errors import AuthenticationError, DeviceError, MooncakeError, PeerLost
 from mooncake_hpc.kernels import lane as layout
-from mooncake_hpc.kernels import leader, rails, rdma_post, slicer
+from mooncake_hpc.kernels import rails, rdma_post, slicer
 from mooncake_hpc.kernels import rdma as native
 from mooncake_hpc.kernels import verbs as verbs_layout
 from mooncake_hpc.segment import SegmentDescriptor
@@ -33,7 +33,6 @@ ATTEMPTS = 3  # breaks in a row without one more completed slice before the queu
 HANDSHAKE_TIMEOUT = 10.0  # seconds
 FLUSH_TIMEOUT = 2.0  # seconds for a device to give back what was under way, after which the queue pairs are destroyed
 WINDOW = 1 << 20  # bytes under way a rail where there are several
-SEIZE_TIMEOUT = 5_000_000_000  # ns
 SPIN_FACTOR = 4  # of what other lanes poll: the peer needs no core of ours to answer
 
 
@@ -143,23 +142,35 @@ class RdmaLane(Lane):
             self._open_missing()
 
     def repair(self) -> None:
-        self._bury(owned=True)
-        native.drop_cancelled(self.address)
-        while self.pending and self._get(layout.STATE) == layout.DOWN:
+        self._bury()
+        while self._is_needed():
             try:
                 self._check_hope()
                 self._open_first()
             except Exception as error:
+                if self._peer.interrupt.is_set:
+                    return
                 if not isinstance(error, (OSError, MooncakeError)):
                     log.exception("%s: opening RDMA connections", self.peer)
                 self._failures += 1
                 self._note(str(error))
-                self.fail_queue(layout.STRANGER if isinstance(error, AuthenticationError) else layout.LOST)
+                with self.owned():
+                    self.fail_queue(layout.STRANGER if isinstance(error, AuthenticationError) else layout.LOST)
                 return
-            self._set(layout.PROGRESS, time.monotonic_ns())
-            layout.go_up(self.address)
+            with self.owned():
+                self._set(layout.PROGRESS, time.monotonic_ns())
+                layout.go_up(self.address)
             self.wake()
             return
+
+    def _is_needed(self) -> bool:
+        """Whether anything is queued for a connection."""
+        with self.owned():
+            self._drop_cancelled()
+            return self.pending and self._get(layout.STATE) == layout.DOWN
+
+    def _drop_cancelled(self) -> None:
+        native.drop_cancelled(self.address)
 
     def fail_queue(self, code: int) -> None:
         for rail in list(self._rails):
@@ -173,24 +184,9 @@ class RdmaLane(Lane):
 
     # --- inside ---------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _owned(self) -> Iterator[None]:
-        """Be the lane's owner for a moment."""
-        self._set(layout.YIELD, 1)
-        layout.ring_leader(self.address)
-        try:
-            if not layout.seize(self.address, time.monotonic_ns() + SEIZE_TIMEOUT):
-                raise PeerLost(f"{self.peer}: the RDMA lane is stuck")
-        finally:
-            self._set(layout.YIELD, 0)
-        try:
-            yield
-        finally:
-            leader.hand_over(self.address)
-
     def _bury(self, owned: bool = False) -> None:
         """Flush broken rails, see all that was under way come back, and take them out."""
-        own: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext if owned else self._owned
+        own: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext if owned else self.owned
         for rail in [rail for rail in self._rails if rail.state != rails.LIVE]:
             rail.flush(self.address)
             while True:
@@ -259,8 +255,8 @@ class RdmaLane(Lane):
         return rested[: min(made.width, MAX_RAILS)]
 
     def _open_first(self) -> None:
-        """Rails over all wanted paths, as the owner of a lane that has none, so that they share from the first request
-        on. Raises MooncakeError, of the first path that failed, where none could be opened."""
+        """Rails over all wanted paths of a lane that has none, so that they share from the first request on.
+        Raises MooncakeError, of the first path that failed, where none could be opened."""
         if self._opened:
             self._peer.refresh()
             self._set(rails.STALE, 0)
@@ -279,7 +275,9 @@ class RdmaLane(Lane):
             if len(self._rails) >= max(1, width) or left <= 0 or self._get(layout.STATE) == layout.CLOSED:
                 break
             try:
-                self._attach(self._open(path, left))
+                rail = self._open(path, left)
+                with self.owned():
+                    self._attach(rail)
             except MooncakeError as error:
                 first = first or error
                 self._paused[path] = time.monotonic() + self._settings.rdma.rail_pause
@@ -295,7 +293,7 @@ class RdmaLane(Lane):
                 return
             try:
                 rail = self._open(path, HANDSHAKE_TIMEOUT)
-                with self._owned():
+                with self.owned():
                     self._attach(rail)
             except MooncakeError as error:
                 log.info("%s; paused for %g s", error, self._settings.rdma.rail_pause)

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 UNCONFIRMED_LIFE_S = 60.0  # above the time that both exchanges of a handshake may take
 ATTEMPTS = 4  # handshakes for one endpoint: the peer may be at the same at the same time
 
+CONFIRMATION_INTERVAL = 0.05  # seconds between two looks whether its owner closes, while a confirmation is awaited
+
 
 class Refused(PeerLost):
     """The peer's answer to a handshake says why it cannot be."""
@@ -70,7 +72,7 @@ class Pool:
     def _connected(self, endpoint: Endpoint, peer: Peer, device: str, deadline: float) -> bool:
         """Bring the endpoint to where we may post; False when another one has to be tried."""
         if endpoint.connected:
-            if not endpoint.ready.wait(min(READY_TIMEOUT, max(0.0, deadline - time.monotonic()))):
+            if not _confirmed(endpoint, peer, min(READY_TIMEOUT, deadline - time.monotonic())):
                 raise PeerLost(f"{endpoint.peer_path}: the peer does not confirm the connection that it asked for")
             return not endpoint.gone
         if endpoint.peer_path == endpoint.local_path:
@@ -235,6 +237,15 @@ def _read(answer: str, where: str) -> Hello:
         return Hello.from_json(answer, where)
     except MalformedRecord as error:
         raise PeerLost(str(error)) from error
+
+
+def _confirmed(endpoint: Endpoint, peer: Peer, timeout: float) -> bool:
+    """Whether the peer confirms the connection that it asked for, within `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not endpoint.ready.wait(CONFIRMATION_INTERVAL):
+        if peer.interrupt.is_set or time.monotonic() > deadline:
+            return False
+    return True
 
 
 def _used(endpoint: Endpoint) -> bool:

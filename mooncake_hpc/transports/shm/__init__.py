@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mooncake_hpc.authentication import Authentication
-from mooncake_hpc.errors import AuthenticationError, PeerLost
+from mooncake_hpc.errors import AuthenticationError, PeerLost, PeerSilent
 from mooncake_hpc.kernels import shm
 from mooncake_hpc.kernels.compiled import compile_ahead
 from mooncake_hpc.segment import SegmentDescriptor
@@ -22,7 +22,9 @@ class ShmTransport(Transport):
 
     name = "shm"
 
-    def __init__(self, authentication: Authentication | None = None) -> None:
+    def __init__(self, timeout: float, authentication: Authentication | None = None) -> None:
+        """`timeout`, in seconds, is for a peer to hand over its memory when its segment is opened."""
+        self._timeout = timeout
         compile_ahead(shm.lead, *SHARED_KERNELS)
         self._server = ShmServer(authentication or Authentication())
 
@@ -34,15 +36,22 @@ class ShmTransport(Transport):
 
     def connect(self, peer: Peer) -> ShmRoute | None:
         address = peer.descriptor.shm_socket
-        connection = dial(address) if address else None
+        connection = dial(address, self._timeout) if address else None
         if connection is None:
             return None
         try:
+            connection.settimeout(self._timeout)
             handoff.prove(connection, peer.expected)
-            return ShmRoute(peer, connection)
+            return ShmRoute(peer, connection, self._timeout)
         except AuthenticationError:
             connection.close()
             raise
+        except TimeoutError as error:
+            connection.close()
+            raise PeerSilent(
+                f"segment {peer.name!r}: its process does not hand over its shared memory within {self._timeout:g} s"
+                " (MC_HANDSHAKE_CONNECT_TIMEOUT): stopped, or very busy?"
+            ) from error
         except (OSError, ValueError) as error:  # MalformedRecord and RegistrationError are ValueErrors
             connection.close()
             raise PeerLost(f"segment {peer.name!r}: its shared memory cannot be mapped: {error}") from error

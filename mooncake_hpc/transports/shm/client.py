@@ -12,9 +12,9 @@ from bisect import bisect_right
 import numpy as np
 import numpy.typing as npt
 
-from mooncake_hpc.errors import MalformedRecord, MooncakeError, PeerLost, RegistrationError
+from mooncake_hpc.errors import MalformedRecord, MooncakeError, PeerLost, PeerSilent, RegistrationError
 from mooncake_hpc.kernels import lane as layout
-from mooncake_hpc.kernels import leader, ranges
+from mooncake_hpc.kernels import ranges
 from mooncake_hpc.kernels import shm as native
 from mooncake_hpc.kernels.native import word
 from mooncake_hpc.memory import Bytes, MemoryFile
@@ -22,8 +22,6 @@ from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.transports.base import Peer, Route, Tables
 from mooncake_hpc.transports.lane import Lane
 from mooncake_hpc.transports.shm import handoff
-
-SEIZE_TIMEOUT = 5_000_000_000  # ns for the lane's leader to notice that its maps are to be replaced
 
 
 class Maps:
@@ -60,15 +58,18 @@ class ShmLane(Lane):
 
     lead = native.lead
 
-    def __init__(self, name: str, peer: Peer, connection: socket.socket) -> None:
-        super().__init__(name, peer.name, patience=1e9)
+    def __init__(self, peer: Peer, connection: socket.socket, timeout: float) -> None:
+        """The peer hands over its memory within `timeout` seconds. Raises OSError, ValueError."""
+        super().__init__(f"shm/{peer.name}/0", peer.name, patience=1e9)
         self._expected = peer.expected
         self._socket = connection
+        self._interrupt = peer.interrupt
         self._page: MemoryFile | None = None
         self._page_words: npt.NDArray[np.int64]
         self._sync_lock = threading.Lock()
+        self._unanswered = 0  # requests
         try:
-            self.maps = self._exchange({})
+            self.maps = self._exchange({}, timeout)
         except BaseException:
             os.close(self._doorbell)
             raise
@@ -82,12 +83,18 @@ class ShmLane(Lane):
 
     def sync(self) -> None:
         """Ask for the peer's present registrations. Raises PeerLost."""
-        if not layout.seize(self.address, time.monotonic_ns() + SEIZE_TIMEOUT):
-            raise PeerLost(f"{self.peer}: the shared-memory lane is stuck")
-        try:
-            self._update()
-        finally:
-            leader.hand_over(self.address)
+        with self._sync_lock:
+            try:
+                maps = self._exchange(self.maps.files, handoff.TIMEOUT)
+            except TimeoutError as error:
+                self.last_error = f"the peer does not answer within {handoff.TIMEOUT:g} s: it is stopped, or very busy"
+                raise PeerSilent(f"{self.peer}: {self.last_error}") from error
+            except (OSError, ValueError) as error:  # MalformedRecord and RegistrationError are ValueErrors
+                self.last_error = f"the peer does not hand over its memory: {error}"
+                raise PeerLost(f"{self.peer}: {self.last_error}") from error
+            with self.owned():
+                self.maps = maps
+                self._install()
 
     def view(self, address: int, nbytes: int) -> Bytes | None:
         """As `Maps.view`, of the peer's present registrations; None too when the peer is gone or the lane closed."""
@@ -106,14 +113,22 @@ class ShmLane(Lane):
         """Nothing to cut: a copy ends by itself."""
 
     def repair(self) -> None:
+        with self.owned():
+            self._drop_cancelled()
         if self._get(layout.CAUSE) == native.STALE:
             with contextlib.suppress(MooncakeError):
-                self._update()
-                layout.go_up(self.address)
+                self.sync()
+                with self.owned():
+                    layout.go_up(self.address)
                 return
         else:
             self.last_error = "the peer's process has ended"
-        layout.fail_all(self.address, layout.LOST)
+        with self.owned():
+            self.fail_queue(layout.LOST)
+
+    def _drop_cancelled(self) -> None:
+        self._set(native.OFFSET, 0)  # of the head slice, which begins again if it stays
+        layout.drop_cancelled(self.address)
 
     def disconnect(self) -> None:
         self._socket.close()
@@ -128,23 +143,37 @@ class ShmLane(Lane):
 
     # --- inside ---------------------------------------------------------------------------------------------
 
-    def _update(self) -> None:
-        """As the lane's owner: replace the maps. Raises PeerLost."""
-        with self._sync_lock:
-            try:
-                self.maps = self._exchange(self.maps.files)
-            except (OSError, ValueError) as error:  # MalformedRecord and RegistrationError are ValueErrors
-                self.last_error = f"the peer does not hand over its memory: {error}"
-                raise PeerLost(f"{self.peer}: {self.last_error}") from error
-            self._install()
-
     def _install(self) -> None:
         self._set(native.VERSION, self.maps.version)
         self._set(native.TABLES, self.maps.tables.address)
         self._set(native.FILES, int(self.maps.index.ctypes.data))
 
-    def _exchange(self, known: dict[int, MemoryFile]) -> Maps:
-        handoff.send(self._socket, {"have": list(known)}, [])
+    def _exchange(self, known: dict[int, MemoryFile], timeout: float) -> Maps:
+        """Ask, and take the answers to this and to all earlier requests. Raises OSError, ValueError;
+        after a TimeoutError it may be tried again."""
+        deadline = time.monotonic() + timeout
+        maps: Maps | None = None
+        with self._interrupt.cuts(self._socket):
+            self._socket.settimeout(timeout)
+            handoff.send(self._socket, {"have": list(known)}, [])
+            self._unanswered += 1
+            while self._unanswered:
+                if not handoff.await_reply(self._socket, deadline - time.monotonic()):
+                    raise TimeoutError
+                maps = self._take_answer(maps.files if maps else known)
+                self._unanswered -= 1
+        assert maps is not None
+        return maps
+
+    def _take_answer(self, known: dict[int, MemoryFile]) -> Maps:
+        """Raises as `_exchange`, but no TimeoutError."""
+        try:
+            return self._receive_maps(known)
+        except TimeoutError as error:
+            raise ConnectionResetError("the peer stopped within an answer") from error
+
+    def _receive_maps(self, known: dict[int, MemoryFile]) -> Maps:
+        self._socket.settimeout(handoff.TIMEOUT)
         reply = handoff.receive(self._socket, handoff.read_reply)
         if reply is None:
             raise ConnectionResetError("the peer closed the connection")
@@ -169,8 +198,9 @@ class ShmRoute(Route):
 
     transport = "shm"
 
-    def __init__(self, peer: Peer, connection: socket.socket) -> None:
-        self._lane = ShmLane(f"shm/{peer.name}/0", peer, connection)
+    def __init__(self, peer: Peer, connection: socket.socket, timeout: float) -> None:
+        """As `ShmLane`."""
+        self._lane = ShmLane(peer, connection, timeout)
         self._seen = peer.descriptor
         super().__init__([self._lane], self._lane.maps.tables)
 
@@ -186,12 +216,13 @@ class ShmRoute(Route):
         return self._lane.view(address, nbytes)
 
 
-def dial(address: str) -> socket.socket | None:
-    """A connection to the peer's hand-over socket; None when it is not on this host, or not our user's."""
+def dial(address: str, timeout: float = handoff.TIMEOUT) -> socket.socket | None:
+    """A connection to the peer's hand-over socket, within `timeout` seconds; None when it is not on this host, or not
+    our user's."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
-        connection.settimeout(handoff.TIMEOUT)
-        _connect(connection, "\0" + address, time.monotonic() + handoff.TIMEOUT)
+        connection.settimeout(timeout)
+        _connect(connection, "\0" + address, time.monotonic() + timeout)
         if handoff.peer_is_ours(connection):
             return connection
     except OSError:

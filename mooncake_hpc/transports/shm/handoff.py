@@ -11,6 +11,7 @@ from __future__ import annotations
 import array
 import json
 import os
+import select
 import socket
 import struct
 from typing import Annotated, Any, TypeVar
@@ -83,6 +84,13 @@ def send(connection: socket.socket, value: Any, fds: list[int]) -> None:
     for fd in fds:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
         connection.sendmsg([b"\0"], rights)
+
+
+def await_reply(connection: socket.socket, timeout: float) -> bool:
+    """Whether something has come, or the end, within `timeout` seconds."""
+    waiting = select.poll()
+    waiting.register(connection, select.POLLIN)
+    return bool(waiting.poll(max(0.0, timeout) * 1000))
 
 
 def receive(connection: socket.socket, read: Reader[T], limit: int = MAX_FRAME) -> T | None:

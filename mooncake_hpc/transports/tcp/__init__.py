@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mooncake_hpc.authentication import Authentication
-from mooncake_hpc.kernels import tcp_accept, tcp_client, tcp_lists
+from mooncake_hpc.kernels import recut, tcp_accept, tcp_client, tcp_lists
 from mooncake_hpc.kernels.compiled import compile_ahead
 from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.settings import Settings
@@ -16,7 +16,7 @@ from mooncake_hpc.transports.lane import SHARED_KERNELS
 from mooncake_hpc.transports.tcp.client import TcpRoute
 from mooncake_hpc.transports.tcp.server import TcpServer
 
-CLIENT_KERNELS = tcp_client.lead, tcp_lists.reset, tcp_lists.writes_in_flight
+CLIENT_KERNELS = tcp_client.lead, *tcp_lists.KERNELS, *recut.KERNELS
 
 
 class TcpTransport(Transport):

@@ -11,19 +11,21 @@ import threading
 import time
 
 import numpy as np
+import numpy.typing as npt
 
 from mooncake_hpc.address import dial, join
 from mooncake_hpc.authentication import Expected, Reason, refusal
 from mooncake_hpc.errors import AuthenticationError, MooncakeError, PeerLost
+from mooncake_hpc.interrupt import Interrupt, Interrupted
 from mooncake_hpc.kernels import lane as layout
-from mooncake_hpc.kernels import tcp_client, tcp_lists
+from mooncake_hpc.kernels import recut, tcp_client, tcp_lists
 from mooncake_hpc.kernels.sockets import LIST
 from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.transports.base import WHOLE, Peer, Route, Tables
 from mooncake_hpc.transports.lane import Lane
 from mooncake_hpc.transports.tcp import proofs
-from mooncake_hpc.transports.tcp.options import set_options
+from mooncake_hpc.transports.tcp.options import find_vanished, set_options
 
 ATTEMPTS = 3  # connections in a row without one more completed slice before the queue fails
 BACKOFF = 0.05  # seconds before the second attempt, doubled for each further one
@@ -46,12 +48,16 @@ class Unfenced:
         for lane in self.lanes:
             lane.interrupt()
 
+    @property
+    def any(self) -> bool:
+        return bool(self._identities)
+
     def settle(self, peer: Peer) -> None:
         """Have the peer end them. Raises PeerLost when it cannot."""
-        with self._lock:
-            for identity in list(self._identities):
-                if not peer.fence(identity, FENCE_TIMEOUT):
-                    raise PeerLost(f"{peer.name}: WRITEs over an earlier connection may still land")
+        for identity in list(self._identities):
+            if not peer.fence(identity, FENCE_TIMEOUT):
+                raise PeerLost(f"{peer.name}: WRITEs over an earlier connection may still land")
+            with self._lock, contextlib.suppress(ValueError):  # another lane had it ended, too
                 self._identities.remove(identity)
 
 
@@ -69,6 +75,8 @@ class TcpLane(Lane):
         self._socket: socket.socket | None = None
         self._connections = 0
         self._where = self._identity = ""
+        self._buffers_known = peer.descriptor.buffers  # by which the queue's slices were cut
+        self._recut: list[tuple[int, npt.NDArray[np.int64]]] = []  # entries' numbers, and slices that were cut anew
         self._stuck_at = (-1, -1)
         self._failures = 0
         self._buffers = np.zeros(4 * LIST + 4 * tcp_lists.WINDOW, np.int64)
@@ -82,10 +90,14 @@ class TcpLane(Lane):
         self._thread.start()
 
     def interrupt(self) -> None:
-        with self._lock:
-            if self._socket is not None:
-                with contextlib.suppress(OSError):
-                    self._socket.shutdown(socket.SHUT_RDWR)
+        if self._peer.descriptor.generation:
+            with self._lock:
+                if self._socket is not None:
+                    with contextlib.suppress(OSError):
+                        self._socket.shutdown(socket.SHUT_RDWR)
+        else:  # a peer that cannot be asked is read from to the end (`_read_to_end`): not over a socket that is shut
+            with contextlib.suppress(PeerLost), self.owned():
+                layout.go_down(self.address, errno.ECONNABORTED)
 
     def disconnect(self) -> None:
         with self._lock:
@@ -96,27 +108,42 @@ class TcpLane(Lane):
     def repair(self) -> None:
         if self._socket is not None:
             self._bury()
-        layout.drop_cancelled(self.address)
-        while self.pending and self._get(layout.STATE) == layout.DOWN:
+        while self._is_needed():
             try:
                 self._connect()
                 return
             except (OSError, MooncakeError) as error:
+                if self._peer.interrupt.is_set:
+                    return
                 self.last_error = str(error)
                 self._failures += 1
                 if self._failures >= ATTEMPTS or isinstance(error, MooncakeError):
                     self._fail(layout.STRANGER if isinstance(error, AuthenticationError) else layout.LOST)
                     return
-                time.sleep(BACKOFF * 2**self._failures)
+            with contextlib.suppress(Interrupted):
+                self._peer.interrupt.pause(BACKOFF * 2**self._failures)
+        self._failures = 0
+
+    def _drop_cancelled(self) -> None:
+        tcp_lists.drop_cancelled(self.address)
 
     # --- inside ---------------------------------------------------------------------------------------------
 
+    def _is_needed(self) -> bool:
+        """Whether anything is queued for a connection."""
+        with self.owned():
+            self._drop_cancelled()
+            return self.pending and self._get(layout.STATE) == layout.DOWN
+
     def _bury(self) -> None:
         """Make sure of the broken connection's end, and fail what cannot be sent again."""
+        with self.owned():
+            tcp_lists.retract(self.address)
+            self._drop_cancelled()
         cause = self._get(layout.CAUSE)
         self.last_error = f"connection {self._where}: {_explain(cause, self._settings)}"
         if cause == layout.REJECTED:  # the peer stops at the request that it refuses
-            layout.finish_head(self.address, layout.REJECTED)
+            self._refuse()
         elif cause == layout.STRANGER:  # told before anything was read
             self.last_error = str(refusal(self._peer.expected.at(self._where), Reason.NO_SECRET_HERE))
             self._fail(cause)
@@ -128,7 +155,40 @@ class TcpLane(Lane):
             self._fail(layout.LOST)
         else:
             self._count_failure()
+        with self.owned():
+            tcp_lists.reset(self.address)
         self.disconnect()
+
+    def _refuse(self) -> None:
+        """The peer has refused the head slice: it is tried once more where our descriptor of its buffers is old."""
+        with self.owned():
+            retry = self.pending and not recut.is_retried(self.address)
+            if self.pending:
+                recut.mark_retried(self.address)
+        if retry:
+            try:
+                self._peer.refresh()
+            except MooncakeError as error:
+                self.last_error += f"; {error}"
+        with self.owned():
+            if self.pending and recut.is_retried(self.address) and not (self._adopt() and retry):
+                layout.finish_head(self.address, layout.REJECTED)
+
+    def _adopt(self) -> bool:
+        """As the owner: cut what is queued by the peer's descriptor; whether that was another one before."""
+        buffers = self._peer.descriptor.buffers
+        changed = buffers != self._buffers_known
+        self._buffers_known = buffers
+        tables = _tables(self._peer.descriptor)
+        for seq in range(self._get(layout.HEAD), self.queued):
+            count = recut.count_pieces(self.address, seq, tables.address)
+            if count:
+                slices = np.empty(4 * count, np.int64)
+                recut.cut_anew(self.address, seq, tables.address, int(slices.ctypes.data), count)
+                self._recut = [kept for kept in self._recut if kept[0] >= self._get(layout.HEAD)]
+                self._recut.append((seq, slices))
+                changed = True
+        return changed
 
     def _count_failure(self) -> None:
         at = self._get(layout.HEAD), self._get(layout.DONE_SLICES)
@@ -138,7 +198,8 @@ class TcpLane(Lane):
             self._fail(layout.LOST)
 
     def _fail(self, code: int) -> None:
-        layout.fail_all(self.address, code)
+        with self.owned():
+            layout.fail_all(self.address, code)
         self._failures = 0
         self._stuck_at = (-1, -1)
 
@@ -164,31 +225,40 @@ class TcpLane(Lane):
         assert self._socket is not None
         deadline = time.monotonic() + FENCE_TIMEOUT
         try:
-            self._socket.shutdown(socket.SHUT_WR)
-            while (left := deadline - time.monotonic()) > 0:
-                self._socket.settimeout(left)
-                if not self._socket.recv(1 << 18):
-                    return True
+            with self._peer.interrupt.cuts(self._socket):
+                self._socket.shutdown(socket.SHUT_WR)
+                while (left := deadline - time.monotonic()) > 0:
+                    self._socket.settimeout(left)
+                    if not self._socket.recv(1 << 18):
+                        return not self._peer.interrupt.is_set
         except OSError:
             pass
         return False
 
     def _connect(self) -> None:
+        """Go up over a new connection. Raises OSError, MooncakeError."""
         if self._connections:
             self._peer.refresh()
-        self._unfenced.settle(self._peer)
         self._connections += 1
-        host, port = self._peer.endpoint()
-        self._where = join(host, port)
-        connection = _connect(host, port, self._settings, self._peer.expected)
-        number = secrets.randbits(55) + 1
-        self._identity = f"{number:014x}"
-        with self._lock:
-            self._socket = connection
-        self._set(tcp_lists.CONNECTION, number)
-        self._set(tcp_lists.FD, connection.fileno())
-        tcp_lists.reset(self.address)
-        layout.go_up(self.address)
+        while True:
+            self._unfenced.settle(self._peer)
+            host, port = self._peer.endpoint()
+            self._where = join(host, port)
+            connection = _connect(host, port, self._settings, self._peer.expected, self._peer.interrupt)
+            number = secrets.randbits(55) + 1
+            self._identity = f"{number:014x}"
+            with self._lock:
+                self._socket = connection
+            if not self._unfenced.any:  # from here on whoever adds one shuts the socket down
+                break
+            self.disconnect()
+        with self.owned():
+            if self._peer.descriptor.buffers is not self._buffers_known:
+                self._adopt()
+            self._set(tcp_lists.CONNECTION, number)
+            self._set(tcp_lists.FD, connection.fileno())
+            tcp_lists.reset(self.address)
+            layout.go_up(self.address)
 
 
 class TcpRoute(Route):
@@ -216,7 +286,7 @@ def _tables(descriptor: SegmentDescriptor) -> Tables:
     return Tables.of((b.address, b.address + b.length, b.readonly) for b in descriptor.buffers)
 
 
-def _connect(host: str, port: int, settings: Settings, expected: Expected) -> socket.socket:
+def _connect(host: str, port: int, settings: Settings, expected: Expected, interrupt: Interrupt) -> socket.socket:
     """A connection to a data port, whose owner has proved who it is where that is required.
 
     Raises OSError that says which; AuthenticationError.
@@ -225,14 +295,16 @@ def _connect(host: str, port: int, settings: Settings, expected: Expected) -> so
     while True:
         deadline = time.monotonic() + settings.handshake_connect_timeout
         try:
-            connection = dial(host, port, deadline)
+            connection = dial(host, port, deadline, interrupt)
         except OSError as error:
             text = f"cannot connect to data port {where}: {error.strerror or error}"
             raise OSError(error.errno, text) from error
         try:
-            if not proving or proofs.settle(connection, expected, where, deadline):
-                set_options(connection)
-                return connection
+            with interrupt.cuts(connection):
+                if not proving or proofs.settle(connection, expected, where, deadline):
+                    set_options(connection)
+                    find_vanished(connection, settings.tcp_progress_timeout)
+                    return connection
         except BaseException:
             connection.close()
             raise

@@ -22,7 +22,7 @@ from mooncake_hpc.kernels.tcp_lists import OK
 from mooncake_hpc.transports.base import Registration, Tables
 from mooncake_hpc.transports.lane import spin_time
 from mooncake_hpc.transports.tcp import proofs
-from mooncake_hpc.transports.tcp.options import LOCAL_SEND_BUFFER
+from mooncake_hpc.transports.tcp.options import LOCAL_SEND_BUFFER, find_vanished
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,8 @@ class TcpServer:
         self._authentication = authentication or Authentication()
         self._listener = listener
         self._listener.setblocking(True)  # whatever socket.setdefaulttimeout() says
-        self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # its connections have it from there
+        self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # its connections have these from there
+        find_vanished(listener, patience)
         self._patience = patience
         self.port: int = listener.getsockname()[1]
         self._exports = np.zeros(tcp_server.EXPORT_WORDS, np.int64)
