@@ -61,7 +61,7 @@ class Reader(Generic[T]):
             if "\\u0000" in text and not self._nul and _NUL.search(text):
                 raise ValueError("a text holds a NUL character")
             return self._decoder.decode(text)
-        except (ValueError, RecursionError) as error:  # msgspec's errors and UnicodeError are ValueErrors
+        except (ValueError, msgspec.MsgspecError, RecursionError) as error:  # UnicodeError is a ValueError
             raise _malformed(self._what, where, error) from error
 
 
