@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-import os
 import secrets
-import stat
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from mooncake_hpc.errors import AuthenticationError, ConfigError
+from mooncake_hpc.private_file import read_private
 from mooncake_hpc.settings import Settings
 
 VERSION = b"mooncake_hpc authentication 1"
@@ -76,20 +75,7 @@ def read_secret(path: str) -> Secret:
     Raises ConfigError unless it is a regular file of ours or root's that nobody else may read, of a fitting size.
     """
     where = f"the secret file {path!r} (--secret_file, MOONCAKE_HPC_SECRET_FILE)"
-    try:
-        # non-blocking: a FIFO without a writer would wait for one
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-        try:
-            _check_private(os.fstat(fd), where)
-            content = os.read(fd, MAX_SECRET_BYTES + 2)
-        finally:
-            os.close(fd)
-    except ConfigError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        cause = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{where} cannot be read: {cause}") from None
-    key = content.removesuffix(b"\n")
+    key = read_private(path, where, MAX_SECRET_BYTES)
     if not MIN_SECRET_BYTES <= len(key) <= MAX_SECRET_BYTES:
         raise ConfigError(f"{where} must hold {MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} bytes, without a last newline")
     return Secret(key)
@@ -99,16 +85,6 @@ def flags_of(settings: Settings) -> list[str]:
     """Words for the command line of a peer of ours."""
     named = {"secret_file": settings.secret_file, "allow_unauthenticated": settings.allow_unauthenticated}
     return [f"--{name}={value}" for name, value in named.items() if value]
-
-
-def _check_private(found: os.stat_result, where: str) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        raise ConfigError(f"{where} is no regular file")
-    if found.st_uid not in (0, os.geteuid()):
-        raise ConfigError(f"{where} belongs to the user id {found.st_uid}; it must be ours or root's")
-    if found.st_mode & 0o077:
-        mode = stat.S_IMODE(found.st_mode)
-        raise ConfigError(f"{where} has the mode {mode:04o}: others may use it; say chmod 600")
 
 
 def parse_networks(text: str) -> tuple[Network, ...]:

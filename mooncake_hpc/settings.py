@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 from mooncake_hpc.errors import ConfigError
 from mooncake_hpc.names import check_unicode
+from mooncake_hpc.private_file import read_private
 
 TRUE, FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off", ""}
+PASSWORD_LIMIT = 1024  # bytes
 EPHEMERAL = range(32768, 61000)  # Linux' default ip_local_port_range: the original refuses it for RPC ports
 
 
@@ -61,7 +63,8 @@ class Settings:
     metadata_timeout: float = 5.0  # MOONCAKE_HPC_METADATA_TIMEOUT: deadline of one metadata operation
     settle_timeout: float = 60.0  # MOONCAKE_HPC_SETTLE: ranks of a job may differ that much in starting
     etcd_user: str = ""  # MOONCAKE_HPC_ETCD_USER
-    etcd_password: str = ""  # MOONCAKE_HPC_ETCD_PASSWORD
+    etcd_password: str = field(default="", repr=False)  # MOONCAKE_HPC_ETCD_PASSWORD, or what the next one holds
+    etcd_password_file: str = ""  # MOONCAKE_HPC_ETCD_PASSWORD_FILE: of mode 0600
     etcd_ca: str = ""  # MOONCAKE_HPC_ETCD_CA: PEM file; switches TLS on
     etcd_cert: str = ""  # MOONCAKE_HPC_ETCD_CERT: PEM file of the client certificate
     etcd_key: str = ""  # MOONCAKE_HPC_ETCD_KEY: PEM file of its key
@@ -95,7 +98,8 @@ class Settings:
             metadata_timeout=read.seconds("MOONCAKE_HPC_METADATA_TIMEOUT", 5.0),
             settle_timeout=read.seconds("MOONCAKE_HPC_SETTLE", 60.0),
             etcd_user=read.text("MOONCAKE_HPC_ETCD_USER"),
-            etcd_password=read.text("MOONCAKE_HPC_ETCD_PASSWORD"),
+            etcd_password=_password(read),
+            etcd_password_file=read.text("MOONCAKE_HPC_ETCD_PASSWORD_FILE"),
             etcd_ca=read.text("MOONCAKE_HPC_ETCD_CA"),
             etcd_cert=read.text("MOONCAKE_HPC_ETCD_CERT"),
             etcd_key=read.text("MOONCAKE_HPC_ETCD_KEY"),
@@ -106,6 +110,23 @@ class Settings:
             force_rdma=read.boolean("MC_FORCE_HCA"),
             rdma=_rdma(read),
         )
+
+
+def _password(read: _Reader) -> str:
+    """etcd's password, which is not shown by any error."""
+    path, password = read.text("MOONCAKE_HPC_ETCD_PASSWORD_FILE"), read.text("MOONCAKE_HPC_ETCD_PASSWORD")
+    if not path:
+        return password
+    if password:
+        raise ConfigError("MOONCAKE_HPC_ETCD_PASSWORD and MOONCAKE_HPC_ETCD_PASSWORD_FILE are both set: unset one")
+    where = f"the file {path!r} (MOONCAKE_HPC_ETCD_PASSWORD_FILE)"
+    content = read_private(path, where, PASSWORD_LIMIT)
+    if not 0 < len(content) <= PASSWORD_LIMIT:
+        raise ConfigError(f"{where} must hold 1 to {PASSWORD_LIMIT} bytes, without a last newline")
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{where} is not UTF-8") from None
 
 
 class _Reader:

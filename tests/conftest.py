@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from sandbox import Sandbox, SiteEtcd
+    from sandbox import Sandbox, SiteEtcd, Watch
 
     from mooncake_hpc.testing.nursery import Nursery
 
@@ -114,10 +114,17 @@ def slurm() -> Iterator[Sandbox]:
 
 
 @pytest.fixture
-def clean(slurm: Sandbox, tmp_path: Path) -> Iterator[None]:
-    """When the test has ended nothing runs on the nodes nor lies in their /dev/shm, and TMPDIR has results only."""
-    yield
+def clean(slurm: Sandbox, tmp_path: Path) -> Iterator[Watch]:
+    """When the test has ended nothing runs on the nodes nor lies in their /dev/shm, and TMPDIR has results only.
+
+    Meanwhile no secret is seen on a command line, nor in a file that others may read.
+    """
+    from sandbox import Watch
+
+    with Watch(slurm, tmp_path) as watch:
+        yield watch
     slurm.check_clean(tmp_path)
+    assert not watch.shown, watch.shown
 
 
 @pytest.fixture

@@ -7,8 +7,10 @@ import json
 import os
 import re
 import resource
+import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +26,8 @@ ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL"
 LEASE = 10  # seconds after which a killed process's keys vanish
 LOCKED = 1 << 20  # bytes of memory that a submitting shell may lock: a job must raise it
 RESULTS = (".out", ".json", ".log")  # of files that jobs may leave
+SECRETS = {"MOONCAKE_HPC_ETCD_PASSWORD", "FLAGS_password"}  # variables whose values nothing may show
+FILE_LIMIT = 4 << 20  # bytes; larger files are memory
 KEYS = """
 import sys
 from mooncake_hpc.metadata.store import open_store
@@ -170,6 +174,63 @@ class Sandbox:
         wait_until(lambda: not self.left(), seconds, lambda: f"left behind: {self.left()}")
         left = [file for file in folder.rglob("*") if file.is_file() and file.suffix not in RESULTS]
         assert not left, f"left behind: {left}"
+
+
+class Watch:
+    """Looks for secrets of jobs while they run: on command lines, and in files that others than the owner may read.
+
+    `secrets` are the values of variables of the processes on the hosts; `shown` says where one was seen.
+    """
+
+    def __init__(self, slurm: Sandbox, folder: Path) -> None:
+        self._slurm, self._folder, self._begin = slurm, folder, time.time()
+        self._lines: set[tuple[str, str]] = set()  # host and command line
+        self.secrets: set[str] = set()
+        self.shown: set[str] = set()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch")
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+        self.look()
+
+    def _run(self) -> None:
+        while not self._end.wait(0.3):
+            self.look()
+
+    def look(self) -> None:
+        """One look at all processes and files; raises nothing where they go meanwhile."""
+        for host, pid, line in self._slurm.processes():
+            self._lines.add((host, line))
+            with contextlib.suppress(OSError):
+                for word in Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0"):
+                    name, _, value = word.partition("=")
+                    if name in SECRETS and value:
+                        self.secrets.add(value)
+        for secret in self.secrets:
+            self.shown |= {f"command line on {host}: {line}" for host, line in self._lines if secret in line}
+        for file in self._files():
+            with contextlib.suppress(OSError):
+                found = file.lstat()
+                if stat.S_ISREG(found.st_mode) and found.st_mode & 0o077 and found.st_size < FILE_LIMIT:
+                    text = file.read_text(errors="replace")
+                    self.shown |= {f"file {file}" for secret in self.secrets if secret in text}
+
+    def _files(self) -> Iterator[Path]:
+        """Files of the jobs, of the hosts' /dev/shm, and those of /tmp that are new."""
+        for folder in (self._folder, *(Path(f"/proc/{pid}/root/dev/shm") for pid in self._slurm.holders().values())):
+            with contextlib.suppress(OSError):
+                yield from folder.rglob("*")
+        with contextlib.suppress(OSError):
+            for entry in os.scandir("/tmp"):
+                with contextlib.suppress(OSError):
+                    if entry.stat(follow_symlinks=False).st_mtime > self._begin and entry.is_file():
+                        yield Path(entry.path)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,8 @@ FLAGS = FlagSet(
             Flag("port", 0, "Clients' port with --members; the members themselves use the next one."),
             Flag("until_eof", False, "End at the end of the standard input, and so with the program that holds it."),
             Flag("password", "", "Makes clients log in as root with it: MOONCAKE_HPC_ETCD_USER=root and "
-                 "MOONCAKE_HPC_ETCD_PASSWORD."),
+                 "MOONCAKE_HPC_ETCD_PASSWORD. Never on the command line, which all users of the host see: in the "
+                 "variable FLAGS_password with --fromenv=password, or in a --flagfile of mode 0600."),
         ),
         "Logging (glog's)": (*glog.FLAGS, *glog.IGNORED),
     },
@@ -36,6 +37,9 @@ FLAGS = FlagSet(
 
 def main(arguments: Sequence[str], command: Sequence[str] = ()) -> int:
     """Serve until SIGINT, SIGTERM or what --until_eof says; the exit code. Raises ConfigError, MetadataError."""
+    if any(word.lstrip("-").partition("=")[0] == "password" for word in arguments if word.startswith("-")):
+        raise ConfigError("--password: all users of this host see a command line; set FLAGS_password and say "
+                          "--fromenv=password")  # fmt: skip
     flags = FLAGS.parse(arguments, os.environ)
     if FLAGS.answer(flags):
         return 0

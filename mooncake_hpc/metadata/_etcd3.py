@@ -14,7 +14,7 @@ import importlib.metadata
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -42,7 +42,7 @@ class Access:
     """How to get in: user and password, paths of PEM files. Empty means unused; `ca` switches TLS on."""
 
     user: str = ""
-    password: str = ""
+    password: str = field(default="", repr=False)
     ca: str = ""
     cert: str = ""
     key: str = ""
@@ -51,7 +51,9 @@ class Access:
     def of(cls, settings: Settings) -> Access:
         """What the settings say; ConfigError where one of them needs another."""
         if bool(settings.etcd_user) != bool(settings.etcd_password):
-            raise ConfigError("MOONCAKE_HPC_ETCD_USER and MOONCAKE_HPC_ETCD_PASSWORD: set both or none")
+            raise ConfigError(
+                "MOONCAKE_HPC_ETCD_USER and MOONCAKE_HPC_ETCD_PASSWORD (or …_PASSWORD_FILE): set both or none"
+            )
         if bool(settings.etcd_cert) != bool(settings.etcd_key):
             raise ConfigError("MOONCAKE_HPC_ETCD_CERT and MOONCAKE_HPC_ETCD_KEY: set both or none")
         if settings.etcd_cert and not settings.etcd_ca:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import secrets
 import shlex
-from contextlib import ExitStack
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -26,15 +28,30 @@ def start_etcd(host: str, settings: Settings) -> tuple[EmbeddedEtcd, Settings]:
 
     password = "" if host in LOOPBACK else secrets.token_urlsafe(18)
     etcd = EmbeddedEtcd(host, password, settings)
-    return etcd, replace(settings, etcd_user=etcd.user, etcd_password=password)
+    return etcd, replace(settings, etcd_user=etcd.user, etcd_password=password, etcd_password_file="")
 
 
 def own_metadata(named: str, name: str, settings: Settings, stack: ExitStack) -> tuple[str, Settings]:
-    """What `named` says, or an etcd of the process `name`, which others reach where they reach the process."""
+    """What `named` says, or an etcd of the process `name`, which others reach where they reach the process.
+
+    Its password is in a file of the settings, of mode 0600, as long as `stack` is open.
+    """
     if named != EMBEDDED:
         return named, settings
     etcd, settings = start_etcd(published_address(name, P2PHANDSHAKE, settings), settings)
-    return stack.enter_context(etcd).endpoint, settings
+    endpoint = stack.enter_context(etcd).endpoint
+    if settings.etcd_password:
+        settings = replace(settings, etcd_password_file=stack.enter_context(_password_file(settings.etcd_password)))
+    return endpoint, settings
+
+
+@contextmanager
+def _password_file(password: str) -> Iterator[str]:
+    """The path of a file that holds the password: what a process prints is often a file that all may read."""
+    with tempfile.NamedTemporaryFile("w", prefix="mooncake-etcd-password-") as file:
+        file.write(f"{password}\n")
+        file.flush()
+        yield file.name
 
 
 def job_metadata(named: str, settings: Settings, world: World, stack: ExitStack, wait: float) -> tuple[str, Settings]:
@@ -56,14 +73,20 @@ def job_metadata(named: str, settings: Settings, world: World, stack: ExitStack,
         stack.enter_context(etcd)
         access = (etcd.endpoint, settings.etcd_user, settings.etcd_password)
     endpoint, user, password = world.broadcast(access, wait, "rank 0 starts etcd")
-    return endpoint, replace(settings, etcd_user=user, etcd_password=password)
+    return endpoint, replace(settings, etcd_user=user, etcd_password=password, etcd_password_file="")
 
 
 def login_variables(settings: Settings) -> str:
-    """The variables that a printed command needs in front of it, each with a space behind, or ""."""
-    if not settings.etcd_password:
+    """The variables that a printed command needs in front of it, each with a space behind, or "".
+
+    They name the file that holds the password. One that the user has set in the environment is known to the user.
+    """
+    if not settings.etcd_password_file:
         return ""
-    login = {"MOONCAKE_HPC_ETCD_USER": settings.etcd_user, "MOONCAKE_HPC_ETCD_PASSWORD": settings.etcd_password}
+    login = {
+        "MOONCAKE_HPC_ETCD_USER": settings.etcd_user,
+        "MOONCAKE_HPC_ETCD_PASSWORD_FILE": settings.etcd_password_file,
+    }
     return "".join(f"{name}={shlex.quote(value)} " for name, value in login.items())
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from sandbox import QUICK, SCRIPT, Sandbox, SiteEtcd
+from sandbox import QUICK, SCRIPT, Sandbox, SiteEtcd, Watch
 
 from mooncake_hpc import topology
 
@@ -107,7 +107,7 @@ def test_fan_out(slurm: Sandbox, tmp_path: Path) -> None:
     assert "ALL DONE" in job.output, job
 
 
-def test_heterogeneous(slurm: Sandbox, tmp_path: Path) -> None:
+def test_heterogeneous(slurm: Sandbox, tmp_path: Path, clean: Watch) -> None:
     """Components of one trainer and three inferencers, without a common MPI world."""
     number = slurm.submit("heterogeneous.sbatch", "--protocol=tcp", "--file_size_mb=8", folder=tmp_path)
     components = slurm.wait(number, 90)
@@ -117,6 +117,7 @@ def test_heterogeneous(slurm: Sandbox, tmp_path: Path) -> None:
     assert {(result["size"], result["wrong"]) for result in results} == {(8 << 20, 0)}
     assert [file.name for file in tmp_path.glob("*.json*")] == [f"heterogeneous-{number}.json"]
     assert components[0].output.count("ALL DONE") == 3, components[0]
+    assert len(clean.secrets) == 1  # etcd's password, which is nowhere to be seen
 
 
 def test_pytest_mpi(slurm: Sandbox, tmp_path: Path) -> None:
