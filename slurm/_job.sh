@@ -1,4 +1,6 @@
-# Sourced by the batch scripts beside it; what a job of mooncake_hpc needs, whatever it runs.
+# mooncake_hpc batch jobs, version 1
+# shellcheck shell=bash
+# What a job needs, whatever it runs. The batch scripts beside it check the line above, and the owner, before they source it.
 # PROGRAM: the command of mooncake-hpc that the script runs, and its flags; unset where it runs something else.
 # Arguments of the script: --etcd-members=1|3; all others are kept in ARGS.
 # Variables that a user or a site may set before sbatch:
@@ -11,15 +13,26 @@ set -euo pipefail
 
 SLURM_FOLDER=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 CHECKOUT=${SLURM_FOLDER%/*}
-say() { echo "$SLURM_JOB_NAME: $*" >&2; }
+NAME=${SLURM_JOB_NAME:-${0##*/}}
+NAME=${NAME//[\/[:cntrl:]]/_}  # it becomes a file's
+say() { echo "$NAME: $*" >&2; }
 die() { say "$*"; exit 1; }
+[ -n "${SLURM_JOB_ID:-}" ] || die "runs inside of a Slurm job only: sbatch $0"
 
 # ---- the job's name for everything: tasks of an array apart, components of a heterogeneous job together
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 JOB=${JOB:-$SLURM_JOB_ID}
-RESULT=$SLURM_SUBMIT_DIR/$SLURM_JOB_NAME-$JOB.json
+FOLDER=${SLURM_SUBMIT_DIR:-$PWD}
+RESULT=$FOLDER/$NAME-$JOB.json
+[ -d "$FOLDER" ] && [ -w "$FOLDER" ] || die "cannot write the result into $FOLDER on $(uname -n): submit from a folder that all nodes share"
 rm -f "$RESULT"  # of an earlier job, where numbers begin anew
-export MC_METADATA_CLUSTER_ID=slurm-$JOB
+# of an earlier run of this job, which was queued again, processes may be alive still, and keys for the time of a lease
+export MC_METADATA_CLUSTER_ID=slurm-$JOB${SLURM_RESTART_COUNT:+-run$((SLURM_RESTART_COUNT + 1))}
+
+# ---- steps get the whole environment, whatever sbatch --export was, and their words come here as they are
+export SLURM_EXPORT_ENV=ALL
+unset SLURM_LABELIO SLURM_STDINMODE SLURM_STDOUTMODE SLURM_STDERRMODE SRUN_INPUT SRUN_OUTPUT SRUN_ERROR SLURM_WORKING_DIR
+[ -d "${TMPDIR:-/tmp}" ] && [ -w "${TMPDIR:-/tmp}" ] || { say "TMPDIR=$TMPDIR is no folder on $(uname -n): /tmp instead"; export TMPDIR=/tmp; }
 
 # ---- arguments
 ETCD_MEMBERS=1
@@ -35,7 +48,7 @@ done
 # ---- the program
 PY=${MOONCAKE_HPC_PYTHON:-$CHECKOUT/.venv/bin/python}
 [ -x "$PY" ] || PY=$(command -v "${MOONCAKE_HPC_PYTHON:-python3}") || die "no Python: set MOONCAKE_HPC_PYTHON"
-"$PY" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("mooncake_hpc"))' || die "$PY has no mooncake_hpc: run" \
+"$PY" -c 'import sys; del sys.path[:1]; import importlib.util as u; sys.exit(not u.find_spec("mooncake_hpc"))' || die "$PY has no mooncake_hpc: run" \
     "'launch/bench --duration=1' in $CHECKOUT once, which makes .venv, or set MOONCAKE_HPC_PYTHON to a Python that has it"
 
 # ---- a mistyped flag is told before anything is started
@@ -104,6 +117,8 @@ MEMBER='exec "$@" --member="$SLURM_PROCID"'
 start_etcd() {
     local log words=() nodes=() first count
     [ -z "${ETCD_ENDPOINTS:-}" ] || return 0
+    set +x  # a trace would show the password
+    unset MOONCAKE_HPC_ETCD_PASSWORD_FILE
     export MOONCAKE_HPC_ETCD_USER=root MOONCAKE_HPC_ETCD_PASSWORD
     MOONCAKE_HPC_ETCD_PASSWORD=$(head -c 18 /dev/urandom | base64 | tr '+/' '-_')
     export FLAGS_password=$MOONCAKE_HPC_ETCD_PASSWORD  # not on a command line, where other users would see it

@@ -21,14 +21,14 @@ from mooncake_hpc.launchers.mpich import MPICH, NAMING
 from mooncake_hpc.launchers.openmpi import OPENMPI
 
 HERE = Job(2, ["prog", "--x"])
-THERE = Job(3, ["prog"], (Host("h0", 2), Host("h1", 2), Host("h2")), {"A": "b c"}, "/bin/shell", True, True)
+THERE = Job(3, ["prog"], (Host("h0", 2), Host("h1", 2), Host("h2")), ("A", "B"), "/bin/shell", True, True)
 
 
 def test_mpich() -> None:
     shell = f"sh -c {shlex.quote(NAMING)} rank"
     assert shlex.join(MPICH.command(HERE, "mpirun")) == f"mpirun -n 2 {shell} prog --x"
     assert shlex.join(MPICH.command(THERE, "mpirun")) == (
-        f"mpirun -n 3 -launcher ssh -hosts h0:2,h1:1 -launcher-exec /bin/shell -genv A 'b c' -bind-to none {shell} prog"
+        f"mpirun -n 3 -launcher ssh -hosts h0:2,h1:1 -launcher-exec /bin/shell -bind-to none {shell} prog"
     )
 
 
@@ -36,14 +36,14 @@ def test_openmpi() -> None:
     assert shlex.join(OPENMPI.command(HERE, "mpirun")) == "mpirun -n 2 --bind-to none --oversubscribe prog --x"
     assert shlex.join(OPENMPI.command(THERE, "mpirun")) == (
         "mpirun -n 3 --bind-to none --allow-run-as-root --host h0:2,h1:1 "
-        "--mca plm_rsh_agent /bin/shell --mca plm_ssh_agent /bin/shell -x 'A=b c' prog"
+        "--mca plm_rsh_agent /bin/shell --mca plm_ssh_agent /bin/shell -x A -x B prog"
     )
 
 
 def test_intel() -> None:
     assert shlex.join(INTEL.command(HERE, "mpirun")) == "mpirun -n 2 prog --x"
     assert shlex.join(INTEL.command(THERE, "mpirun")) == (
-        "mpirun -n 3 -bootstrap ssh -hosts h0:2,h1:1 -bootstrap-exec /bin/shell -genv A 'b c' -genv I_MPI_PIN off prog"
+        "mpirun -n 3 -bootstrap ssh -hosts h0:2,h1:1 -bootstrap-exec /bin/shell -genv I_MPI_PIN off prog"
     )
 
 
@@ -53,6 +53,72 @@ def test_srun() -> None:
     )
     with pytest.raises(ConfigError, match="Slurm chooses the hosts"):
         srun.command(THERE, "pmi2")
+
+
+BATCH = {
+    "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "4", "SLURM_JOB_CPUS_PER_NODE": "4(x2)",
+    "PATH": "/usr/bin:/bin",
+}  # fmt: skip
+PTY = {**BATCH, "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_NTASKS": "1"}
+INTERACTIVE = {**BATCH, "SLURM_STEP_ID": "4294967290"}  # salloc's shell, with LaunchParameters=use_interactive_step
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        (BATCH, "--cpus-per-task=4"),
+        ({**BATCH, "SRUN_CPUS_PER_TASK": "2"}, ""),  # srun's own variable says it
+        ({**BATCH, "SLURM_NTASKS": "8"}, ""),  # other tasks than the job's
+        (INTERACTIVE, "--cpus-per-task=4"),
+        (PTY, "--overlap --immediate=60"),
+        ({**PTY, "SLURM_JOB_CPUS_PER_NODE": "1"}, "--overlap --immediate=60 --overcommit"),
+    ],
+)
+def test_srun_asks_for_what_the_job_has(env: dict[str, str], words: str) -> None:
+    command = srun.command(HERE, "pmi2", (), env)
+    assert shlex.join(command) == " ".join(
+        filter(None, ["srun --ntasks=2 --mpi=pmi2 --kill-on-bad-exit=1 --export=ALL", words, "prog --x"])
+    )
+
+
+def test_inside_of_a_step(tmp_path: Path) -> None:
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "srun").chmod(0o755)
+    path = {"PATH": str(tmp_path)}
+    assert [srun.in_step(env) for env in (BATCH, INTERACTIVE, PTY, {}, {"SLURM_STEP_ID": "0"})] == [0, 0, 1, 0, 0]
+    inside = srun.environment({**PTY, **path, "SLURM_EXPORT_ENV": "NONE"})
+    assert (inside["SLURM_OVERLAP"], inside["SLURM_EXPORT_ENV"]) == ("1", "ALL")
+    assert "SLURM_CPU_BIND" not in inside and "SLURM_CPUS_PER_TASK" not in inside
+    outside = srun.environment({**BATCH, **path})
+    assert "SLURM_OVERLAP" not in outside and outside["SLURM_CPUS_PER_TASK"] == "4"
+    srun.check_once(PTY)
+    with pytest.raises(ConfigError, match=r"task 3 of a Slurm step.*salloc or of srun --pty"):
+        srun.check_once({**PTY, "SLURM_PROCID": "3"})
+
+
+def test_variables_that_are_left_over_from_slurm(tmp_path: Path) -> None:
+    """In a container, say: no srun, so that an mpirun starts ranks here, and must not look for the job's nodes."""
+    env = {**PTY, "PATH": str(tmp_path)}
+    assert not srun.in_allocation(env)
+    assert environment(MPICH, env) == {**MPICH.settings, "PATH": str(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("env", "count"),
+    [
+        ({"SLURM_NTASKS": "6", "SLURM_NNODES": "2"}, 6),
+        ({"SLURM_NNODES": "3"}, 3),
+        ({"SLURM_NNODES": "3", "SLURM_NTASKS_PER_NODE": "2"}, 6),
+        ({"SLURM_NTASKS": "x"}, 1),
+    ],
+)
+def test_tasks_of_a_job(env: dict[str, str], count: int) -> None:
+    assert srun.tasks(env) == count
+
+
+@pytest.mark.parametrize(("text", "total"), [("2(x3),1", 7), ("4", 4), ("", 0), ("x(x2)", 0)])
+def test_lists_by_node(text: str, total: int) -> None:
+    assert srun.per_node_sum(text) == total
 
 
 @pytest.mark.parametrize(

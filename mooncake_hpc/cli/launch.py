@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mooncake_hpc.cli.gflags import Flag, FlagSet, Parsed
 from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.launchers import binding, hostfile
+from mooncake_hpc.launchers import binding, hostfile, srun
 from mooncake_hpc.launchers.base import Host, Job
 from mooncake_hpc.launchers.choice import command_line, environment
 from mooncake_hpc.mpi import Launch
@@ -21,7 +21,7 @@ FLAGS = FlagSet(
     "mooncake-hpc launch",
     "Starts ranks: mooncake-hpc launch --ranks=4 -- bench --protocol=tcp …. What follows -- is a command of "
     "mooncake-hpc or any other program. Inside a Slurm allocation srun starts the ranks, with the --mpi that fits the "
-    "MPI library of mpi4py; else that library's mpirun does.",
+    "MPI library of mpi4py; else that library's mpirun does. In a shell of `srun --pty` they share that step's cores.",
     {
         "Where": (
             Flag("ranks", 0, "How many; 0: one for each slot of the host file, SLURM_NTASKS in Slurm, else 2.",
@@ -52,7 +52,8 @@ def main(arguments: Sequence[str], command: Sequence[str] = ("mooncake-hpc", "la
         return 0
     if not program:
         raise ConfigError("nothing to run: mooncake-hpc launch --ranks=4 -- bench …")
-    in_slurm = "SLURM_JOB_ID" in os.environ
+    in_slurm = srun.in_allocation(os.environ)
+    srun.check_once(os.environ)
     job = _job(flags, program, in_slurm, command[:-1])
     dry_run, check_only = flags.boolean("dry_run"), flags.boolean("check")
     _check(program, job.ranks, here=not (job.hosts or in_slurm or dry_run or check_only))
@@ -100,11 +101,11 @@ def _job(flags: Parsed, program: Sequence[str], in_slurm: bool, myself: Sequence
     hosts = _hosts(flags.text("hostfile"))
     ranks = flags.integer("ranks") or sum(host.slots for host in hosts)
     if not ranks:
-        ranks = int(os.environ.get("SLURM_NTASKS", "1")) if in_slurm else 2
+        ranks = srun.tasks(os.environ) if in_slurm else 2
     words = [*myself, *program] if program[0] in COMMANDS else list(program)
     if device := flags.text("bind"):
         words = [sys.executable, "-I", "-S", binding.__file__, device, *words]
-    passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED)} if hosts else {}
+    passed = tuple(sorted(name for name in os.environ if name.startswith(PASSED))) if hosts else ()
     return Job(ranks, words, hosts, passed, flags.text("remote_shell"), os.getuid() == 0, bool(device))
 
 

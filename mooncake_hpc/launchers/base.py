@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mooncake_hpc.errors import ConfigError
 
@@ -23,7 +23,7 @@ class Job:
     ranks: int
     program: Sequence[str]
     hosts: tuple[Host, ...] = ()
-    environment: Mapping[str, str] = field(default_factory=dict)  # what ranks get beside the launcher's own
+    variables: tuple[str, ...] = ()  # names of what ranks on other hosts get; values stay off the command line
     remote_shell: str = ""  # an executable that takes HOST COMMAND…, in place of ssh
     as_root: bool = False
     binds_itself: bool = False  # the program chooses its cores, so that the launcher must not

@@ -73,7 +73,7 @@ def command_line(job: Job, mpirun: str, in_slurm: bool, options: tuple[str, ...]
         launcher = launcher_of_library()
         available = srun.plugins(_output(["srun", "--mpi=list"]))
         if launcher.slurm in available:
-            return srun.command(job, launcher.slurm, options), launcher
+            return srun.command(job, launcher.slurm, options, os.environ), launcher
         if options:
             raise ConfigError(f"this Slurm has no --mpi={launcher.slurm} for {launcher.name}, only {sorted(available)}")
     mpirun = mpirun or find_mpirun()
@@ -82,5 +82,5 @@ def command_line(job: Job, mpirun: str, in_slurm: bool, options: tuple[str, ...]
 
 
 def environment(launcher: Launcher, env: Mapping[str, str] | None = None) -> dict[str, str]:
-    """`env` (ours by default) with the library's settings, which never replace the user's."""
-    return {**launcher.settings, **(os.environ if env is None else env)}
+    """`env` (ours by default) with the library's settings, which never replace the user's, and what Slurm needs."""
+    return {**launcher.settings, **srun.environment(os.environ if env is None else env)}

@@ -8,15 +8,15 @@ SETTINGS = {"I_MPI_FABRICS": "shm:ofi", "I_MPI_SPIN_COUNT": "1"}  # MPI only wai
 
 
 def command(job: Job, mpirun: str) -> list[str]:
-    """A list of machines takes its slots from a colon, as MPICH's; pinning is switched off by a variable."""
+    """A list of machines takes its slots from a colon, as MPICH's, and ranks get Hydra's own environment, as there;
+    pinning is switched off by a variable."""
     words = [mpirun, "-n", str(job.ranks)]
     if job.hosts:
         words += ["-bootstrap", "ssh", "-hosts", job.placement]
         if job.remote_shell:
             words += ["-bootstrap-exec", job.remote_shell]
-    environment = {**job.environment, **({"I_MPI_PIN": "off"} if job.binds_itself else {})}
-    for name, value in environment.items():
-        words += ["-genv", name, value]
+    if job.binds_itself:
+        words += ["-genv", "I_MPI_PIN", "off"]
     return [*words, *job.program]
 
 

@@ -23,14 +23,12 @@ NAMING = (
 
 
 def command(job: Job, mpirun: str) -> list[str]:
-    """Hydra hands its own environment to all ranks. A rank without a host file stays here, also inside Slurm."""
+    """Hydra hands its own environment to all ranks, by its connections. Without a host file they stay on this host."""
     words = [mpirun, "-n", str(job.ranks)]
     if job.hosts:
         words += ["-launcher", "ssh", "-hosts", job.placement]
         if job.remote_shell:
             words += ["-launcher-exec", job.remote_shell]
-    for name, value in job.environment.items():
-        words += ["-genv", name, value]
     if job.binds_itself:
         words += ["-bind-to", "none"]
     return [*words, "sh", "-c", NAMING, "rank", *job.program]

@@ -21,8 +21,8 @@ def command(job: Job, mpirun: str) -> list[str]:
     words += ["--host", job.placement] if job.hosts else ["--oversubscribe"]
     if job.remote_shell:  # each version ignores the other's name
         words += ["--mca", "plm_rsh_agent", job.remote_shell, "--mca", "plm_ssh_agent", job.remote_shell]
-    for name, value in job.environment.items():
-        words += ["-x", f"{name}={value}"]
+    for name in job.variables:
+        words += ["-x", name]
     return [*words, *job.program]
 
 
