@@ -18,6 +18,7 @@ from typing import Any
 
 from mooncake_hpc.errors import ConfigError
 from mooncake_hpc.interrupt import Interrupt, Interrupted
+from mooncake_hpc.process import own, own_listener
 from mooncake_hpc.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def dial(host: str, port: int, deadline: float, interrupt: Interrupt | None = No
         share = (deadline - time.monotonic()) / (len(entries) - index)
         if share <= 0:
             raise TimeoutError(errno.ETIMEDOUT, f"no answer from {host!r} in time")
-        connection = socket.socket(family, kind, protocol)
+        connection = own(socket.socket(family, kind, protocol))
         try:
             _connect(connection, target, share, interrupt)
             return connection
@@ -214,7 +215,7 @@ def bind_listener(
 
 
 def _listen(family: int, target: tuple[Any, ...], backlog: int) -> socket.socket:
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = own_listener(socket.socket(family, socket.SOCK_STREAM))
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # past TIME_WAIT, not past a listener
         if family == socket.AF_INET6:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import threading
 import time
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from mooncake_hpc import process
 from mooncake_hpc.arena import Arena, ArenaPool
 from mooncake_hpc.errors import (
     AddressRejected,
@@ -34,19 +34,20 @@ WORD, ERROR = layout.WORD // 8, layout.ERROR // 8
 LOOK = 1_000_000  # ns between two looks at one request of a batch of several lanes
 NATIVE_CALL = 50_000_000  # ns: no native call is longer, so that signals are served
 
-
-_event_lock = threading.Lock()
+_event_lock = process.lock()
 
 
 class Batch:
     """A submitted set of requests. Its buffers belong to the engine until it is `done`.
 
-    Made by `TransferEngine.submit`. Any thread may wait, several may.
+    Made by `TransferEngine.submit`. Any number of threads may wait for it, of coroutines in any event loops await it,
+    and of selectors watch its `fileno()`, all at the same time.
     """
 
-    __slots__ = ("__weakref__", "_arena", "_event", "_held", "_lanes", "_pool", "_words")
+    __slots__ = ("__weakref__", "_arena", "_event", "_held", "_lanes", "_pool", "_process", "_words")
 
     def __init__(self, arena: Arena, pool: ArenaPool, lanes: list[Lane], held: object) -> None:
+        self._process = process.here
         self._arena = arena
         self._words = arena.words
         self._pool = pool
@@ -57,6 +58,7 @@ class Batch:
     def start(self, parts: list[tuple[Lane, int, int]], deadline: float) -> None:
         """Queue (lane, address of slices, their number) parts, for the engine. With the first refused (a full queue
         until `deadline`, time.monotonic(); a closed lane) raises its TransferError and nothing is queued."""
+        process.check(self)
         self._words[layout.REMAINING // 8] = sum(count for _, _, count in parts)
         if not parts:
             self._words[layout.WORD // 8] = 1
@@ -75,11 +77,13 @@ class Batch:
     # --- for the caller -------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
+        process.check(self)
         return self._arena.count
 
     @property
     def done(self) -> bool:
         """Whether every request has completed or failed. Moves bytes on the way, never waits."""
+        process.check(self)
         if not self._finished():
             self._drive(time.monotonic_ns())
         return self._finished()
@@ -87,6 +91,7 @@ class Batch:
     @property
     def status(self) -> npt.NDArray[np.int8]:
         """A copy of the status of each request: 0 under way, 1 done, below 0 failed (as `TransferError` tells)."""
+        process.check(self)
         return self._arena.status[: self._arena.count].copy()
 
     def wait(self, timeout: float | None = None) -> None:
@@ -95,6 +100,7 @@ class Batch:
         Raises the TransferError of the first that failed, once all have ended; TransferTimeout after `timeout`
         seconds (None: no limit beyond the transport's own), with the batch still running.
         """
+        process.check(self)
         if not self.join(timeout):
             raise TransferTimeout(
                 f"{self.describe()} is not done after {timeout:g} s; it goes on: wait again, or cancel() it"
@@ -104,6 +110,8 @@ class Batch:
 
     def join(self, timeout: float | None = None) -> bool:
         """As `wait`, but says whether the batch is done, and raises nothing."""
+        if self._process is not process.here:
+            process.refuse(self)
         words = self._words
         if words[WORD] & 1:
             return True
@@ -119,6 +127,7 @@ class Batch:
 
     def join_request(self, number: int, timeout: float) -> int:
         """Wait `timeout` seconds at most for the request at `number` alone; its status, as in `status`."""
+        process.check(self)
         status, end = self._arena.status, time.monotonic_ns() + int(timeout * 1e9)
         while not status[number] and (now := time.monotonic_ns()) < end:
             until = min(end, now + NATIVE_CALL)
@@ -131,6 +140,7 @@ class Batch:
     def digest(self, first: int, digest: Digest, timeout: float) -> int:
         """Wait `timeout` seconds at most for the requests from number `first` on, one after the other, and take the
         bytes of each into `digest` as soon as it is done: the number of the first that is not, or that failed."""
+        process.check(self)
         end = time.monotonic_ns() + int(timeout * 1e9)
         while first < len(self) and (now := time.monotonic_ns()) < end:
             if len(self._lanes) == 1:
@@ -150,6 +160,7 @@ class Batch:
         Requests not yet sent fail with TransferCancelled; those on the wire get a moment to end, after which
         their connection is cut. Raises TransferTimeout if even that does not end them.
         """
+        process.check(self)
         self._words[layout.CANCEL // 8] = 1
         for lane in self._lanes:
             lane.drop_cancelled()
@@ -161,19 +172,24 @@ class Batch:
             raise TransferTimeout(f"{self.describe()} could not be cancelled within {timeout:g} s")
 
     def fileno(self) -> int:
-        """A descriptor that becomes readable when the batch is done, for select and event loops. Ours to close."""
+        """A descriptor that becomes readable when the batch is done, and stays so, for select and event loops.
+
+        It belongs to the batch, which closes it when it is deleted.
+        """
+        process.check(self)
         with _event_lock:
             if self._event < 0:
                 self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
                 self._words[layout.EVENT // 8] = self._event
-        if self._finished():
+        for lane in self._lanes:
+            lane.hurry()
+        if self._words[layout.REMAINING // 8] == 0:  # whoever ends the batch may have looked for a descriptor before
+            self.join()
             os.eventfd_write(self._event, 1)
-        else:
-            for lane in self._lanes:
-                lane.hurry()
         return self._event
 
     def __await__(self) -> Generator[Any, None, None]:
+        process.check(self)
         yield from self._when_done().__await__()
         self._raise_error()
 
@@ -181,13 +197,15 @@ class Batch:
         if self._finished():
             return
         loop = asyncio.get_running_loop()
-        done = asyncio.Event()
-        fd = self.fileno()
-        loop.add_reader(fd, done.set)
+        done = loop.create_future()
+        # of its own: a loop knows one reader a descriptor, and there may be other waiters, and the caller's reader
+        fd = os.dup(self.fileno())
         try:
-            await done.wait()
+            loop.add_reader(fd, _wake, done)
+            await done
         finally:
             loop.remove_reader(fd)
+            os.close(fd)
 
     def __del__(self) -> None:
         if self._event >= 0:
@@ -209,6 +227,7 @@ class Batch:
 
     def describe(self) -> str:
         """Its size and its peers, for messages."""
+        process.check(self)
         where = ", ".join(sorted({lane.peer for lane in self._lanes})) or "nobody"
         return f"batch of {len(self)} requests with {where}"
 
@@ -220,6 +239,7 @@ class Batch:
     @property
     def error(self) -> TransferError | None:
         """What the first failed request of a done batch failed of, or None."""
+        process.check(self)
         code = self._words[ERROR]
         if code == 0:
             return None
@@ -230,6 +250,11 @@ class Batch:
         cause = "; ".join(dict.fromkeys(lane.last_error for lane in self._lanes if lane.last_error))
         kind, text = _FAILURES[code]
         return kind(f"{what}: {text}" + (f" ({cause})" if cause and kind is not TransferCancelled else ""))
+
+
+def _wake(done: asyncio.Future[None]) -> None:
+    if not done.done():  # cancelled, or woken already
+        done.set_result(None)
 
 
 _FAILURES: dict[int, tuple[Callable[[str], TransferError], str]] = {

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import threading
 from collections.abc import Iterator
 from typing import Annotated, Generic, TypeVar
 
 import msgspec
 from msgspec import Meta
 
+from mooncake_hpc import process
 from mooncake_hpc.errors import MalformedRecord
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ Name = Annotated[str, Meta(min_length=1, max_length=LONGEST_NAME)]
 
 _NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # raw ones are malformed JSON
 _told: dict[str, None] = {}  # oldest first
-_told_lock = threading.Lock()
+_told_lock = process.lock()
 
 
 class Reader(Generic[T]):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from mooncake_hpc import process
 from mooncake_hpc.address import P2PHANDSHAKE, bind_listener, published_address
 from mooncake_hpc.authentication import Authentication, Reason
 from mooncake_hpc.batch import Batch
@@ -41,6 +42,8 @@ from mooncake_hpc.transports.lane import Lane
 from mooncake_hpc.transports.registry import DeviceChoice, make_transports
 
 log = logging.getLogger(__name__)
+
+CLOSED = "this engine was closed"  # the cause of what is lost then
 
 
 class TransferEngine:
@@ -71,7 +74,7 @@ class TransferEngine:
         auto_discovery: bool = False,
     ) -> None:
         self._settings = settings or Settings.from_env()
-        self._pid = os.getpid()
+        self._process = process.here
         self._closers: list[Callable[[], None]] = []
         self._lock = threading.RLock()
         self._registrations: Registrations = ()
@@ -145,6 +148,7 @@ class TransferEngine:
     @property
     def generation(self) -> str:
         """Random a process: tells this engine from predecessors of the same name."""
+        process.check(self)
         return self._own.generation
 
     # --- memory ---------------------------------------------------------------------------------------------
@@ -162,6 +166,7 @@ class TransferEngine:
         It lives until it is unregistered (or the engine closed) and the last view of it is gone. Rights are those of
         `register`. Raises RegistrationError, LimitError, and as `register`.
         """
+        process.check(self)
         with limited(f"{nbytes} bytes cannot be allocated"):
             file = MemoryFile(nbytes)
         array = file.array
@@ -187,6 +192,7 @@ class TransferEngine:
 
         Raises RegistrationError, MetadataError (more buffers than one value holds), MetadataUnavailable.
         """
+        process.check(self)
         self.register_many([obj], location, remote_accessible, writable_by_peers=writable_by_peers)
 
     def register_many(
@@ -198,14 +204,17 @@ class TransferEngine:
         writable_by_peers: bool = True,
     ) -> None:
         """As `register` for several, with a single metadata write; on an error none is registered."""
+        process.check(self)
         self._add(describe_all(objects, location, remote_accessible, writable_by_peers))
 
     def unregister(self, obj: object) -> None:
         """Undo `register` or `allocate`; on return no peer touches the memory any more. Raises RegistrationError."""
+        process.check(self)
         self.unregister_many([obj])
 
     def unregister_many(self, objects: Iterable[object]) -> None:
         """As `unregister` for several, with a single metadata write."""
+        process.check(self)
         with self._lock:
             gone, left = take_out(self._registrations, objects)
             self._publish(left)
@@ -259,6 +268,7 @@ class TransferEngine:
 
         Raises SegmentNotFound, MetadataUnavailable, PeerLost.
         """
+        process.check(self)
         with self._lock:
             if self._closed:
                 raise PeerLost(f"engine {self.name!r} is closed")
@@ -266,7 +276,7 @@ class TransferEngine:
             if known is not None:
                 if not known.replaced():
                     return known
-                known.close()
+                known.close(f"the process of segment {name!r} was replaced: open the segment again")
             segment = Segment(len(self._segments), name, self._directory, self._settings, self._authentication)
             segment.connect(self._transports)
             self._segments[segment.id] = segment
@@ -285,6 +295,8 @@ class TransferEngine:
         for those that fail. Raises AddressRejected for a range that is not registered here or there, with nothing
         started, and PeerLost.
         """
+        if self._process is not process.here:
+            process.refuse(self)
         return self._submitter.submit(requests, timeout, done_at)
 
     def transfer(
@@ -294,6 +306,8 @@ class TransferEngine:
         again however it ends, since a batch that fails, or runs into `timeout` seconds (None: MC_TRANSFER_TIMEOUT) or
         a Ctrl-C, is cancelled first. Raises as `submit` and `Batch.wait`.
         """
+        if self._process is not process.here:
+            process.refuse(self)
         self._submitter.transfer(requests, timeout, done_at)
 
     def repeat(
@@ -313,14 +327,18 @@ class TransferEngine:
         what it holds where there was none. Raises as `transfer`, once one has failed: in `latencies` its place and
         those after it stay as they were, and a row of its own is 0.
         """
+        if self._process is not process.here:
+            process.refuse(self)
         return self._submitter.repeat(requests, latencies, seconds, timeout, request_latencies)
 
     def read(self, local: object, segment: Segment, remote_addr: int, timeout: float | None = None) -> None:
         """Fill `local` from `remote_addr` in the segment and return when done. Raises as `transfer`."""
+        process.check(self)
         self._transfer_one(READ, local, segment, remote_addr, timeout)
 
     def write(self, local: object, segment: Segment, remote_addr: int, timeout: float | None = None) -> None:
         """Copy `local` to `remote_addr` in the segment and return when done. Raises as `transfer`."""
+        process.check(self)
         self._transfer_one(WRITE, local, segment, remote_addr, timeout)
 
     def _transfer_one(self, opcode: int, local: object, segment: Segment, remote: int, timeout: float | None) -> None:
@@ -331,6 +349,7 @@ class TransferEngine:
 
     def lane_bytes(self) -> dict[str, int]:
         """Payload bytes that our batches moved, by lane (`tcp/<segment>/0`)."""
+        process.check(self)
         with self._lock:
             return {lane.name: lane.bytes for lane in self._lanes()}
 
@@ -341,10 +360,12 @@ class TransferEngine:
 
     def notify(self, segment: Segment, name: str, text: str) -> None:
         """Hand (name, text) to the segment's process. Raises PeerLost; TransferError when it refuses."""
+        process.check(self)
         segment.notify(name, text)
 
     def notifications(self) -> list[tuple[str, str]]:
         """What peers sent by `notify` since the last call: (name, text), oldest first."""
+        process.check(self)
         return self._notifications.take()
 
     def probe(self, name: str, timeout: float = 1.0) -> bool:
@@ -353,6 +374,7 @@ class TransferEngine:
         Raises SegmentNotFound, MetadataUnavailable, and AuthenticationError where one answers that we have no common
         secret with.
         """
+        process.check(self)
         try:
             self._directory.probe(name, timeout)
         except AuthenticationError as error:
@@ -377,15 +399,15 @@ class TransferEngine:
 
         In a forked child nothing happens: connections, devices and keys are its parent's.
         """
-        if os.getpid() != self._pid:
+        if self._process is not process.here:
             return
         with self._lock:
             closers, self._closers = self._closers[::-1], []
             self._closed = True
         for segment in self._segments.values():  # all at once: none is waited for before the others know
-            _quietly(segment.stop)
+            _quietly(partial(segment.stop, CLOSED))
         for segment in self._segments.values():
-            _quietly(segment.close)
+            _quietly(partial(segment.close, CLOSED))
         for closer in closers:
             _quietly(closer)
         self._submitter.close()
@@ -393,6 +415,7 @@ class TransferEngine:
         release(gone, ())
 
     def __enter__(self) -> Self:
+        process.check(self)
         return self
 
     def __exit__(

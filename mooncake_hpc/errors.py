@@ -9,6 +9,7 @@ MooncakeError
 │   ├── SegmentNotFound (LookupError)           nobody has this name
 │   └── NameInUse                               a living process holds this name
 ├── RegistrationError (ValueError)    memory that cannot be registered, or is not
+├── ForkError (RuntimeError)          an object that a forked child has inherited: it is its parent's
 ├── WorkerError                       a worker process failed and could not be replaced
 ├── LimitError                        a limit of the process or the machine is reached
 ├── LockHeld (TimeoutError)           another process holds a lock file
@@ -90,6 +91,10 @@ class SizeMismatch(P2PError, ValueError):
 
 class IntegrityError(P2PError):
     """Bytes do not match the digest in the manifest, whatever source they come from."""
+
+
+class ForkError(MooncakeError, RuntimeError):
+    """An object that belongs to the process that this one was forked from: open a new one in the child."""
 
 
 class WorkerError(MooncakeError):

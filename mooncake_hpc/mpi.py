@@ -18,6 +18,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mooncake_hpc import process
 from mooncake_hpc.errors import AuthenticationError, ConfigError, MetadataError, MooncakeError, SegmentNotFound
 from mooncake_hpc.hosts import Host
 from mooncake_hpc.names import check_name
@@ -152,6 +153,7 @@ class World:
         MPI_Init within `settle` seconds this process ends with a message, as MPI_Init knows no deadline. Raises
         ConfigError when the MPI library does not belong to the launcher or this thread may not call MPI.
         """
+        self._process = process.here
         with _watch_init(launch, settle):
             self._mpi = MPI = _import_mpi(launch)
         whole = comm is None
@@ -180,6 +182,7 @@ class World:
 
     def barrier(self, timeout: float, what: str) -> None:
         """Wait for all ranks. TimeoutError says `what` was waited for, and who is missing."""
+        process.check(self)
         deadline = time.monotonic() + timeout + self._patience
         self._barriers += 1
         self._wait(lambda: self._mpi.Request.Testall(self._requests), deadline, timeout, what)
@@ -221,17 +224,20 @@ class World:
 
     def gather(self, value: T, timeout: float, what: str) -> list[T]:
         """Every rank's value, by rank, on rank 0; an empty list on the others."""
+        process.check(self)
         self.barrier(timeout, what)
         return self._comm.gather(value, root=0) or []
 
     def allgather(self, value: T, timeout: float, what: str) -> list[T]:
         """Every rank's value, by rank."""
+        process.check(self)
         self.barrier(timeout, what)
         result: list[T] = self._comm.allgather(value)
         return result
 
     def broadcast(self, value: T | None, timeout: float, what: str) -> T:
         """Rank 0's value on every rank."""
+        process.check(self)
         self.barrier(timeout, what)
         result: T = self._comm.bcast(value, root=0)
         return result
@@ -246,6 +252,7 @@ class World:
 
     def abort(self, code: int) -> None:
         """End all ranks of the job at once with a non-zero exit code; does not return."""
+        process.check(self)
         sys.stdout.flush()
         sys.stderr.flush()
         time.sleep(FORWARDING)
@@ -255,10 +262,13 @@ class World:
     @contextlib.contextmanager
     def suspecting(self, engine: TransferEngine, names: Sequence[str]) -> Iterator[None]:
         """Inside, where a transfer or so fails, the ranks of these segments (by rank) that do not answer are named."""
+        process.check(self)
         self._suspects = frozenset()
         try:
             yield
         except MooncakeError as error:
+            if self._process is not process.here:
+                raise
             self._suspects = _silent(engine, {rank: name for rank, name in enumerate(names) if rank != self.rank})
             self._announced = self._verdict(error)
             self._announced.announce()  # the engine closes next, and then answers nobody
@@ -269,12 +279,14 @@ class World:
         """Inside, an exception on any rank ends the job with its message, as others may wait: exit code 2 for a
         ConfigError, else 1. Where several ranks fail one of them tells, each cause once.
 
-        A rank that is stopped by a signal says nothing: who sends it knows, and it is no cause of the job's end.
+        A rank that is stopped by a signal says nothing: who sends it knows, and it is no cause of the job's end. A
+        forked child of a rank ends alone.
         """
+        process.check(self)
         try:
             yield
         except BaseException as error:
-            if isinstance(error, SystemExit) and not error.code:
+            if self._process is not process.here or (isinstance(error, SystemExit) and not error.code):
                 raise
             with contextlib.suppress(KeyboardInterrupt):
                 self._tell(error)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mooncake_hpc import process
 from mooncake_hpc.authentication import Authentication, Expected
 from mooncake_hpc.control import client
 from mooncake_hpc.control.directory import Directory
@@ -33,6 +34,7 @@ class Segment:
         settings: Settings,
         authentication: Authentication | None = None,
     ) -> None:
+        self._process = process.here
         self.id = number
         self.name = name
         self.routes: list[Route] = []
@@ -47,6 +49,7 @@ class Segment:
 
     def connect(self, transports: Sequence[Transport]) -> None:
         """Make a route of each transport that the peer offers, the best first. Raises PeerLost if there is none."""
+        process.check(self)
         refused: AuthenticationError | None = None
         for transport in transports:
             try:
@@ -66,27 +69,33 @@ class Segment:
     @property
     def buffers(self) -> tuple[BufferDescriptor, ...]:
         """Its registered buffers, as last read."""
+        process.check(self)
         return self._descriptor.buffers
 
     @property
     def transport(self) -> str:
         """Names of the transports that reach it, the preferred first: `tcp`, `shm+tcp`."""
+        process.check(self)
         return "+".join(route.transport for route in self.routes)
 
     @property
     def descriptor(self) -> SegmentDescriptor:
+        process.check(self)
         return self._descriptor
 
     def endpoint(self) -> tuple[str, int]:
+        process.check(self)
         return self._endpoint
 
     @property
     def expected(self) -> Expected:
         """Who has to prove to be the peer."""
+        process.check(self)
         return self._authentication.expect(self._descriptor.name, self._descriptor.generation)
 
     def refresh(self) -> SegmentDescriptor:
         """Read the descriptor again. Raises PeerLost when its process was replaced or is gone."""
+        process.check(self)
         with self._lock:
             try:
                 newest = self.interrupt.call(lambda: self._directory.lookup(self.name))
@@ -106,6 +115,7 @@ class Segment:
         return newest
 
     def fence(self, connection: str, timeout: float) -> bool:
+        process.check(self)
         reply = client.probe(
             self._rpc_address, timeout + 1.0, self._settings, connection, timeout, self.expected, self.interrupt
         )
@@ -114,12 +124,14 @@ class Segment:
         return reply.fenced
 
     def handshake(self, request: dict[str, Any], timeout: float) -> str:
+        process.check(self)
         return client.exchange(
             self._rpc_address, Kind.CONNECTION, request, timeout, self._settings, self.expected, self.interrupt
         )
 
     def replaced(self) -> bool:
         """Whether the name now belongs to another process, or to none."""
+        process.check(self)
         try:
             return self._directory.lookup(self.name).generation != self._descriptor.generation
         except MetadataUnavailable:
@@ -129,6 +141,7 @@ class Segment:
 
     def notify(self, sender: str, text: str) -> None:
         """Hand it a text. Raises PeerLost, TransferError."""
+        process.check(self)
         timeout = self._settings.metadata_timeout
         client.notify(self._rpc_address, sender, text, timeout, self._settings, self.expected)
 
@@ -138,20 +151,24 @@ class Segment:
 
         They stay mapped as long as the array is held, whatever the peer does.
         """
+        process.check(self)
         found = (route.mapped(address, nbytes) for route in self.routes)
         return next((array for array in found if array is not None), None)
 
-    def stop(self) -> None:
-        """End all waits for the peer and all transfers, and return at once. Idempotent."""
+    def stop(self, cause: str) -> None:
+        """End all waits for the peer, fail all transfers as lost, with this cause, and return at once. Idempotent."""
+        process.check(self)
         self.interrupt.set()
         for route in self.routes:
-            route.stop()
+            route.stop(cause)
 
-    def close(self) -> None:
-        """End it. Idempotent."""
-        self.stop()
+    def close(self, cause: str) -> None:
+        """End it, and with it all transfers, as `stop`. Idempotent. Nothing happens in a forked child."""
+        if self._process is not process.here:
+            return
+        self.stop(cause)
         for route in self.routes:
-            route.close()
+            route.close(cause)
 
     def _probe_same(self) -> None:
         """Without a metadata store, the peer itself says whether it is the same process."""

@@ -139,12 +139,48 @@ def test_gone_after_a_signal_to_the_supervisor(number: signal.Signals, folder: P
         assert eventually(lambda: left_behind(folder) == [])
 
 
-def test_etcd_dies_with_its_supervisor(folder: Path) -> None:
+def test_etcd_and_its_folder_go_with_its_supervisor(folder: Path) -> None:
     with EmbeddedEtcd():
         os.kill(pid_of("python", folder), signal.SIGKILL)
         assert eventually(lambda: processes(folder) == [])
-    for orphan in folder.iterdir():  # nobody is left who could remove it
-        subprocess.run(["rm", "-r", str(orphan)], check=True)
+        assert len(left_behind(folder)) == 1
+    assert left_behind(folder) == []
+
+
+def test_the_next_start_removes_what_killed_ones_have_left(folder: Path) -> None:
+    """Of this user, this boot and this program, and not in use: nothing else, whatever its name."""
+    with EmbeddedEtcd() as in_use:
+        (kept,) = folder.iterdir()
+        starter = subprocess.Popen([sys.executable, "-c", STARTER], stdout=subprocess.PIPE)
+        assert starter.stdout is not None
+        with starter.stdout:
+            assert starter.stdout.readline()
+        (left,) = set(folder.iterdir()) - {kept}
+        for pid in [*(pid for pid in processes(left.parent) if in_folder(pid, left)), starter.pid]:
+            os.kill(pid, signal.SIGKILL)
+        starter.wait()
+        assert eventually(lambda: not any(in_folder(pid, left) for pid in processes(folder))) and left.exists()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+        for name, mark in {"of-another-boot": b"0" * len(boot), "readable-by-all": boot, "target": boot}.items():
+            (folder / f"mooncake-etcd-{name}").mkdir(0o755 if name == "readable-by-all" else 0o700)
+            (folder / f"mooncake-etcd-{name}" / "owner").write_bytes(mark)
+        (folder / "mooncake-etcd-target").rename(folder / "target")
+        (folder / "mooncake-etcd-link").symlink_to(folder / "target")
+        (folder / "mooncake-etcd-unmarked").mkdir(0o700)
+        others = set(folder.iterdir()) - {left}
+        with EmbeddedEtcd():
+            assert eventually(lambda: not left.exists())
+            assert others < set(folder.iterdir())
+        with open_store(in_use.endpoint, SETTINGS) as store:
+            assert store.get("k") is None
+    assert set(folder.iterdir()) == others - {kept}
+    for other in others - {kept}:
+        subprocess.run(["rm", "-r", str(other)], check=True)
+
+
+def in_folder(pid: int, folder: Path) -> bool:
+    """Whether the process works there."""
+    return os.path.realpath(f"/proc/{pid}/cwd") == str(folder)
 
 
 def test_closing_after_etcd_has_died(folder: Path) -> None:

@@ -144,7 +144,7 @@ def test_a_forked_child_cannot_harm_its_parents_store(etcd: EmbeddedEtcd) -> Non
     program = """
 import os
 import warnings
-from mooncake_hpc.errors import MetadataError
+from mooncake_hpc.errors import ForkError
 warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12+: fork() beside threads
 settings = Settings(lease_ttl=1, metadata_timeout=5)
 store = open_store(sys.argv[1], settings)
@@ -153,7 +153,7 @@ child = os.fork()
 if child == 0:
     try:
         store.get("k")
-    except MetadataError as error:
+    except ForkError as error:
         store.close()
         os._exit(7 if f"belongs to process {os.getppid()}" in str(error) else 1)
     os._exit(1)

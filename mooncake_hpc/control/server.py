@@ -28,6 +28,7 @@ from mooncake_hpc.control import frames, proofs
 from mooncake_hpc.control.frames import Frame, Kind, dumps
 from mooncake_hpc.decode import LONGEST_SMALL_VALUE, Reader, Text
 from mooncake_hpc.errors import ConfigError, MalformedRecord
+from mooncake_hpc.process import own
 from mooncake_hpc.segment import OURS
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.trouble import Trouble
@@ -187,7 +188,7 @@ class ControlServer:
         while not self._stopping.is_set():
             try:
                 client, _ = self._listener.accept()
-                self._admit(client)
+                self._admit(own(client))
                 trouble.over()
             except Exception as error:  # out of descriptors, or a client that is gone already
                 if self._stopping.is_set():

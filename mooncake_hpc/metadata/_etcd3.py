@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+from mooncake_hpc import process
 from mooncake_hpc.errors import ConfigError
 from mooncake_hpc.metadata._failures import Failure, Kind, failure_of, text_of
 from mooncake_hpc.metadata._streams import Changing, KeyStream
@@ -142,7 +143,7 @@ def _messages(root: Path) -> dict[str, ModuleType]:
     return modules
 
 
-_loading = threading.Lock()
+_loading = process.lock()
 _etcd3: ModuleType | None = None
 
 

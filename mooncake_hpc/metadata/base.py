@@ -11,7 +11,8 @@ from mooncake_hpc.metadata.watch import OnChange, Watch
 
 class MetadataStore(ABC):
     """Thread-safe. Every call ends within the store's deadline (`Settings.metadata_timeout`, seconds) or
-    raises MetadataUnavailable, which names the endpoints and the cause. A closed store raises MetadataError.
+    raises MetadataUnavailable, which names the endpoints and the cause. A closed store raises MetadataError, one that a
+    forked child has inherited ForkError.
 
     Published keys are *leased*: they vanish by themselves within `Settings.lease_ttl` seconds after this
     process dies. The store keeps them alive in the background and, when the lease or the store's whole
@@ -64,7 +65,10 @@ class MetadataStore(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Withdraw every published key, end all threads, close all connections. Idempotent; never raises."""
+        """Withdraw every published key, end all threads, close all connections. Idempotent; never raises.
+
+        Without effect in a forked child.
+        """
 
     def __enter__(self) -> Self:
         return self

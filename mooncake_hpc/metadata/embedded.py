@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from mooncake_hpc import process
 from mooncake_hpc.address import look_up
 from mooncake_hpc.errors import ConfigError, MetadataError
 from mooncake_hpc.metadata import _supervisor
@@ -85,7 +86,7 @@ class EmbeddedEtcd:
 
     def __init__(self, listen_host: str = "127.0.0.1", password: str = "", settings: Settings | None = None) -> None:
         self.user = USER if password else ""
-        self._starter = os.getpid()
+        self._process = process.here
         self._binary = find_etcd(settings or Settings.from_env())
         self._family, self._address = _resolve(listen_host)
         for attempt in range(PORT_ATTEMPTS):
@@ -108,7 +109,8 @@ class EmbeddedEtcd:
         self.endpoint = _join(_reachable(self._family, self._address), port)  # for clients, "host:port"
         url = f"http://{_join(self._address, port)}"
         etcd = [self._binary, *flags, f"--listen-client-urls={url}", f"--advertise-client-urls={url}", *FLAGS]
-        starter = [str(self._starter), tempfile.gettempdir()]
+        self._temp_folder = tempfile.gettempdir()
+        starter = [str(os.getpid()), self._temp_folder]
         if not sys.executable:
             raise ConfigError("an embedded etcd needs a Python to watch over it, and sys.executable is empty")
         self._supervisor = subprocess.Popen(
@@ -118,7 +120,10 @@ class EmbeddedEtcd:
             stderr=subprocess.STDOUT,
             env=_environment(),
             start_new_session=True,
+            bufsize=0,
         )
+        assert self._supervisor.stdin is not None
+        process.own(self._supervisor.stdin)
         try:
             deadline = time.monotonic() + timeout
             self._await_health(deadline)
@@ -191,14 +196,17 @@ class EmbeddedEtcd:
         except subprocess.TimeoutExpired:
             supervisor.kill()
             output, _ = supervisor.communicate()
+        if supervisor.returncode < 0:  # killed: it has left its folder
+            _supervisor.sweep(self._temp_folder)
         return output.decode(errors="replace").strip()
 
     def close(self) -> None:
         """Stop etcd and remove its folder. Idempotent; takes 0.05 s. Without effect in a forked child."""
-        if os.getpid() == self._starter:
+        if self._process is process.here:
             self._stop()
 
     def __enter__(self) -> Self:
+        process.check(self)
         return self
 
     def __exit__(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Self, TypeVar
 
+from mooncake_hpc import process
 from mooncake_hpc.errors import MetadataError, MetadataUnavailable, MooncakeError, NameInUse
 from mooncake_hpc.metadata._etcd3 import Access, Connection
 from mooncake_hpc.metadata._etcd_watch import EtcdWatch
@@ -49,7 +49,7 @@ class EtcdStore(MetadataStore):
         self._access = Access.of(settings)
         self._timeout = settings.metadata_timeout
         self._ttl = math.ceil(settings.lease_ttl)  # seconds; etcd may grant more
-        self._process = os.getpid()
+        self._process = process.here
 
         self._switching = threading.Lock()  # guards the next two
         self._current = 0  # index of the endpoint in use
@@ -64,6 +64,10 @@ class EtcdStore(MetadataStore):
         self._guard = Guard(self._follow_keys, self._changed)
         self._early = threading.Event()  # the keeper is to look now
         self._closing = threading.Event()
+
+    def __enter__(self) -> Self:
+        self._check_usable()
+        return self
 
     def get(self, key: str) -> str | None:
         self._check_usable()
@@ -116,11 +120,12 @@ class EtcdStore(MetadataStore):
 
     @property
     def lost(self) -> frozenset[str]:
+        process.check(self)
         return self._lost
 
     def close(self) -> None:
-        if self._closing.is_set() or os.getpid() != self._process:
-            return  # in a forked child everything here is the parent's
+        if self._process is not process.here or self._closing.is_set():
+            return
         self._closing.set()
         self._early.set()
         deadline = self._deadline()
@@ -143,10 +148,12 @@ class EtcdStore(MetadataStore):
 
     def list_at(self, prefix: str) -> tuple[dict[str, str], int]:
         """All keys under the prefix, and the revision that they are of, for a watch."""
+        process.check(self)
         return self._call(lambda etcd, timeout: etcd.list_at(prefix, timeout), self._deadline())
 
     def follow(self, prefix: str, revision: int) -> Changing:
         """Changes from a revision on. Raises Failure."""
+        process.check(self)
         return self._connected().follow(prefix, revision, WATCH_TIME)
 
     def _follow_keys(self) -> KeyStream:
@@ -168,10 +175,7 @@ class EtcdStore(MetadataStore):
         return time.monotonic() + self._timeout
 
     def _check_usable(self) -> None:
-        if os.getpid() != self._process:
-            raise MetadataError(
-                f"the metadata store {self.spec} belongs to process {self._process}: open one in each process"
-            )
+        process.check(self)
         if self._closing.is_set():
             raise MetadataError(f"the metadata store {self.spec} is closed")
 

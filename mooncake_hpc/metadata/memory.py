@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from typing import Self
 from weakref import WeakValueDictionary
 
+from mooncake_hpc import process
 from mooncake_hpc.errors import MetadataError, NameInUse
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.metadata.watch import OnChange, Watch
@@ -33,18 +36,32 @@ class _Space:
 
 
 _spaces: WeakValueDictionary[str, _Space] = WeakValueDictionary()
-_spaces_lock = threading.Lock()
+_spaces_lock = process.lock()
+
+
+def _begin_child() -> None:
+    """What a child inherits is its parent's: its own stores of the same names see none of it."""
+    global _spaces
+    _spaces = WeakValueDictionary()
+
+
+os.register_at_fork(after_in_child=_begin_child)
 
 
 class MemoryStore(MetadataStore):
     """Stores of one name see the same keys; the space ends with its last store. Nothing expires here."""
 
     def __init__(self, name: str) -> None:
+        self._process = process.here
         self.spec = f"memory://{name}"
         self._closed = False
         self._lost: frozenset[str] = frozenset()
         with _spaces_lock:
             self._space = _spaces.setdefault(name, _Space())
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        return self
 
     def get(self, key: str) -> str | None:
         self._check_open()
@@ -88,19 +105,24 @@ class MemoryStore(MetadataStore):
 
     @property
     def lost(self) -> frozenset[str]:
+        process.check(self)
         return self._lost
 
     def lose(self, key: str) -> None:
         """Another store puts our key."""
+        process.check(self)
         self._lost |= {key}
 
     def close(self) -> None:
+        if self._process is not process.here:
+            return
         self._closed = True
         with self._space.lock:
             for key in [key for key, (_, owner) in self._space.entries.items() if owner is self]:
                 self._space.remove(key)
 
     def _check_open(self) -> None:
+        process.check(self)
         if self._closed:
             raise MetadataError(f"metadata store {self.spec} is closed")
 

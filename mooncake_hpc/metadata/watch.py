@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
+from mooncake_hpc import process
+
 log = logging.getLogger(__name__)
 
 Changes = Mapping[str, str | None]
@@ -24,6 +26,7 @@ class Watch(ABC):
     """A thread that calls `on_change`, which must be quick and must not close the watch. Close it, or use `with`."""
 
     def __init__(self, prefix: str, on_change: OnChange) -> None:
+        self._process = process.here
         self.prefix = prefix
         self._on_change = on_change
         self._present: dict[str, str] = {}
@@ -32,7 +35,9 @@ class Watch(ABC):
         self._thread = threading.Thread(target=self._run, name="mooncake-watch", daemon=True)
 
     def close(self) -> None:
-        """End the thread; nothing is delivered once this returns. Idempotent."""
+        """End the thread; nothing is delivered once this returns. Idempotent. Nothing happens in a child."""
+        if self._process is not process.here:
+            return
         self._closing.set()
         self._interrupt()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
@@ -68,6 +73,7 @@ class Watch(ABC):
             log.exception("watch of %r", self.prefix)
 
     def __enter__(self) -> Self:
+        process.check(self)
         return self
 
     def __exit__(

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from mooncake_hpc import process
 from mooncake_hpc.engine import TransferEngine
 from mooncake_hpc.errors import ConfigError, ObjectExists, P2PError
 from mooncake_hpc.metadata.base import MetadataStore
@@ -46,6 +47,7 @@ class P2PStore:
         settings: Settings | None = None,
         **engine_options: Any,
     ) -> None:
+        self._process = process.here
         self._settings = settings or Settings.from_env()
         self._stack = contextlib.ExitStack()
         try:
@@ -87,6 +89,7 @@ class P2PStore:
         ObjectExists, unless the content is equal (then this store becomes one more holder) or `force`. Raises
         ConfigError, RegistrationError, MetadataError.
         """
+        process.check(self)
         check_name(name, "an object's name")
         buffers, found_kind, found_parts = take_apart(data)
         arrays = [as_bytes(buffer) for buffer in buffers]
@@ -123,10 +126,12 @@ class P2PStore:
 
     def unregister(self, name: str) -> None:
         """Stop offering an object that was registered here; replicas elsewhere live on. Raises ObjectNotFound."""
+        process.check(self)
         self._holdings.drop(name, seed=True)
 
     def delete_replica(self, name: str) -> None:
         """Stop offering an object that `get_replica` brought here; the memory stays the caller's. ObjectNotFound."""
+        process.check(self)
         self._holdings.drop(name, seed=False)
 
     # --- for those who want one -----------------------------------------------------------------------------
@@ -159,6 +164,7 @@ class P2PStore:
         ObjectReplaced, SizeMismatch, IntegrityError, TransferTimeout, TransferCancelled, P2PError when the object is
         here already, ConfigError, RegistrationError, MetadataError.
         """
+        process.check(self)
         check_name(name, "an object's name")
         terms = Terms(None if timeout is None else time.monotonic() + timeout, cancel, progress)
         manifest = self._replicator.find(name, wait, terms)
@@ -174,10 +180,12 @@ class P2PStore:
 
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         """Objects whose names begin with `prefix`, with their holders. Raises MetadataError."""
+        process.check(self)
         return self._catalogue.list(prefix) + list_originals(self._catalogue.store, prefix)
 
     def holders(self, name: str) -> builtins.list[Holder]:
         """Records of the others that hold or pull the object which this store holds. Raises ObjectNotFound."""
+        process.check(self)
         return [*self._holdings.find(name).records.values()]
 
     def wait_unused(self, name: str, quiet: float, timeout: float) -> bool:
@@ -185,6 +193,7 @@ class P2PStore:
 
         Raises ObjectNotFound.
         """
+        process.check(self)
         held, end, since = self._holdings.find(name), time.monotonic() + timeout, time.monotonic()
         while (now := time.monotonic()) - since < quiet:
             if now > end:
@@ -196,16 +205,23 @@ class P2PStore:
 
     def allocate(self, nbytes: int) -> Bytes:
         """Memory that peers can read, and map on this host. It stays until the engine unregisters it, or is closed."""
+        process.check(self)
         return self.engine.allocate(nbytes, writable_by_peers=False)
 
     def close(self) -> None:
-        """Withdraw everything; peers that still pull from here go elsewhere. Idempotent; never raises."""
+        """Withdraw everything; peers that still pull from here go elsewhere. Idempotent; never raises.
+
+        In a forked child nothing happens.
+        """
+        if self._process is not process.here:
+            return
         self._holdings.close()
         self._stack.close()
         self._holdings.boards.clear()
         self._replicator.close()
 
     def __enter__(self) -> Self:
+        process.check(self)
         return self
 
     def __exit__(

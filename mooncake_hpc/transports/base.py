@@ -118,16 +118,16 @@ class Route(ABC):
         """These bytes of the peer's registered memory, where this process can read them in place; read-only."""
         return None
 
-    def stop(self) -> None:
-        """Have all lanes end, without waiting for that. Idempotent."""
+    def stop(self, cause: str) -> None:
+        """Have all lanes end, and fail what they carry as lost, with this cause; does not wait for it. Idempotent."""
         for lane in self.lanes:
-            lane.stop()
+            lane.stop(cause)
 
-    def close(self) -> None:
-        """Close all lanes. Idempotent."""
-        self.stop()
+    def close(self, cause: str) -> None:
+        """Close all lanes, as `stop`. Idempotent."""
+        self.stop(cause)
         for lane in self.lanes:
-            lane.close()
+            lane.close(cause)
 
 
 class Transport(ABC):

@@ -72,7 +72,7 @@ class Lane(ABC):
 
     def __init__(self, name: str, peer: str, patience: float) -> None:
         self.name, self.peer = name, peer
-        self.last_error = ""
+        self.last_error = self._closed_since = ""
         self.words = np.zeros(layout.LANE_WORDS, np.int64)
         self.address = int(self.words.ctypes.data)
         self._head = self.words.data[layout.HEAD // 8 :]
@@ -138,7 +138,7 @@ class Lane(ABC):
                 self.keep(self.queued, batch)
                 raise
             if number < 0:
-                raise PeerLost(f"{self.peer}: the connection is closed")
+                raise PeerLost(f"{self.peer}: the connection is closed: {self._closed_since}")
             if time.monotonic() > deadline:
                 raise TransferTimeout(f"{self.peer}: {DEPTH} batches are queued and none ended before the deadline")
             self.hurry()
@@ -209,17 +209,19 @@ class Lane(ABC):
         are taken out meanwhile. Whoever sets the peer's `interrupt` ends its waits.
         """
 
-    def stop(self) -> None:
-        """Have the lane end, without waiting for that. Idempotent."""
+    def stop(self, cause: str) -> None:
+        """Have the lane end, and fail what is queued as lost, with this cause; does not wait for it. Idempotent."""
+        if self._get(layout.STATE) != layout.CLOSED:
+            self._closed_since = cause
         self._set(layout.STATE, layout.CLOSED)
         if self._thread.is_alive():
             self.interrupt()
             layout.ring_thread(self.address)
             layout.ring_leader(self.address)
 
-    def close(self) -> None:
-        """Fail what is queued, end the thread, release everything. Idempotent."""
-        self.stop()
+    def close(self, cause: str) -> None:
+        """Fail what is queued, as `stop`, end the thread, release everything. Idempotent."""
+        self.stop(cause)
         if not self._thread.is_alive():
             self._finish()
             return
@@ -229,7 +231,8 @@ class Lane(ABC):
         if self._doorbell < 0:  # closed before
             return
         seized = layout.seize(self.address, time.monotonic_ns() + OWN_TIMEOUT)
-        self.fail_queue(layout.CANCELLED)
+        self.last_error = self._closed_since
+        self.fail_queue(layout.LOST)
         self.disconnect()
         if seized:
             self.let_go()

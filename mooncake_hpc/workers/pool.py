@@ -17,6 +17,7 @@ from types import TracebackType
 
 import numpy as np
 
+from mooncake_hpc import process
 from mooncake_hpc.errors import ConfigError, TransferTimeout, WorkerError
 from mooncake_hpc.kernels import prepare, ring
 from mooncake_hpc.memory import Bytes, MemoryFile, containing
@@ -41,6 +42,7 @@ class Job:
     """Work that was submitted. Its arrays and their memory files must stay open until it is done; wait for it."""
 
     def __init__(self, finish: Finish, arrays: tuple[Bytes, ...] = ()) -> None:
+        self._process = process.here
         self._finish, self._arrays = finish, arrays
         self._pool: WorkerPool | None = None
         self._number = self._pieces = -1
@@ -53,6 +55,7 @@ class Job:
         Raises TransferTimeout after `timeout` seconds, after which the job is still running, and WorkerError when
         workers keep dying.
         """
+        process.check(self)
         deadline = None if timeout is None else time.monotonic_ns() + int(timeout * 1e9)
         while self._results is None:
             left = TICK if deadline is None else deadline - time.monotonic_ns()
@@ -65,6 +68,7 @@ class Job:
     @property
     def done(self) -> bool:
         """Whether `wait` would return at once. Does none of the work."""
+        process.check(self)
         return self._results is not None or (self._pool is not None and self._pool._look(self))
 
     def _advance(self, nanoseconds: int) -> bool:
@@ -83,7 +87,7 @@ class WorkerPool:
         count = default_count() if count is None else count
         if not 0 <= count <= MOST:
             raise ConfigError(f"{count} workers: expected 0 to {MOST}")
-        self._pid = os.getpid()
+        self._process = process.here
         self._lock = threading.RLock()
         self._respawns, self._deaths = respawns, list[float]()
         self._failure = ""
@@ -106,55 +110,66 @@ class WorkerPool:
     @property
     def pids(self) -> list[int]:
         """The worker processes of this moment."""
+        process.check(self)
         return [worker.pid for worker in self._workers]
 
     def fill(self, array: Bytes, seed: int, offset: int = 0, round: int = 0) -> Job:
         """`kernels.prepare.fill` by all workers."""
+        process.check(self)
         key = prepare.pattern_key(seed, round)
         local = partial(prepare.fill, array, seed, offset, round)
         return self._whole(ring.FILL, array, local, p=int(key), q=offset, write=True)
 
     def verify(self, array: Bytes, seed: int, offset: int = 0, round: int = 0) -> Job:
         """`kernels.prepare.verify` by all workers; the job's result is the number of wrong bytes."""
+        process.check(self)
         key = prepare.pattern_key(seed, round)
         local = partial(prepare.verify, array, seed, offset, round)
         return self._whole(ring.VERIFY, array, local, p=int(key), q=offset)
 
     def checksum(self, array: Bytes) -> Job:
         """`kernels.prepare.checksum` by all workers; the job's result is the checksum."""
+        process.check(self)
         finish = partial(prepare.finish_checksum, nbytes=array.nbytes)
         return self._whole(ring.CHECKSUM, array, partial(prepare.checksum, array), finish)
 
     def touch(self, array: Bytes, write: bool = True) -> Job:
         """`kernels.prepare.touch`: the workers allocate the pages, `wait` maps them into this process."""
+        process.check(self)
         local = partial(prepare.touch, array, write)
         return self._whole(ring.TOUCH, array, local, lambda _: local(), p=int(write), write=write)
 
     def poison(self, array: Bytes, value: int = 0xA5) -> Job:
         """`kernels.prepare.poison` by all workers."""
+        process.check(self)
         return self._whole(ring.POISON, array, partial(prepare.poison, array, value), p=value, write=True)
 
     def gather(self, source: Bytes, destination: Bytes, block: int, stride: int, count: int) -> Job:
         """`kernels.prepare.gather` by all workers. The arrays must not overlap."""
+        process.check(self)
         prepare.check_blocks(source, destination, block, stride, count)
         local = partial(prepare.gather, source, destination, block, stride, count)
         return self._submit(ring.GATHER, (source, destination), local, sum, count, block, block, stride)
 
     def scatter(self, source: Bytes, destination: Bytes, block: int, stride: int, count: int) -> Job:
         """`kernels.prepare.scatter` by all workers. The arrays must not overlap."""
+        process.check(self)
         prepare.check_blocks(destination, source, block, stride, count)
         local = partial(prepare.scatter, source, destination, block, stride, count)
         return self._submit(ring.SCATTER, (source, destination), local, sum, count, block, block, stride)
 
     def close(self, timeout: float = 5.0) -> None:
-        """End the workers, by force after `timeout` seconds. Unfinished jobs are done by who waits for them."""
+        """End the workers, by force after `timeout` seconds. Unfinished jobs are done by who waits for them.
+
+        In a forked child nothing happens.
+        """
+        if self._process is not process.here:
+            return
         with self._lock:
             workers, self._workers = self._workers, []
             words = self._words
-        if words is not None and os.getpid() == self._pid:
+        if words is not None:
             self._end(workers, time.monotonic() + timeout)
-        for worker in workers:
-            worker.abandon()
         with self._lock:
             self._control.close()
             self._unmap()
@@ -173,6 +188,7 @@ class WorkerPool:
             ring.release(self._address, worker.owner)
 
     def __enter__(self) -> WorkerPool:
+        process.check(self)
         return self
 
     def __exit__(
@@ -208,7 +224,7 @@ class WorkerPool:
         """Split `total` units of `unit` bytes into pieces and post them, or call `local` where that is better."""
         job = Job(finish, arrays)
         pieces = min(ring.PIECES, total * unit // PIECE)
-        if pieces >= 2 and os.getpid() == self._pid:
+        if pieces >= 2:
             step = -(-total // pieces)
             if unit == 1:
                 step = -(-step // PAGE) * PAGE
@@ -270,7 +286,7 @@ class WorkerPool:
 
     def _reap(self) -> bool:
         """Replace workers that died and put back what they held. Raises WorkerError when too many did; False."""
-        for index, worker in enumerate(tuple(self._workers) if os.getpid() == self._pid else ()):
+        for index, worker in enumerate(tuple(self._workers)):
             status = worker.exit_status()
             if status is not None and not self._failure:
                 worker.end(0)

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 
 from mooncake_hpc.errors import WorkerError
 from mooncake_hpc.memory import MemoryFile
+from mooncake_hpc.process import own
 from mooncake_hpc.workers import channel
 
 LAUNCHERS = ("PMI_", "PMIX_", "OMPI_", "PRTE_", "HYDRA_", "MPI_", "MPICH_")  # what they tell a rank
@@ -35,7 +36,7 @@ class WorkerProcess:
     def __init__(self, owner: int, control: MemoryFile) -> None:
         self.owner = owner
         self._attached: set[int] = set()
-        self._end, theirs = channel.pair()
+        self._end, theirs = map(own, channel.pair())
         fds = (control.fd, theirs.fileno())
         command = [sys.executable, "-P", "-m", "mooncake_hpc.workers", owner, *fds, os.getpid()]
         try:
@@ -92,10 +93,6 @@ class WorkerProcess:
         """Ask the worker to end; it does when it is next idle or has finished a piece."""
         with contextlib.suppress(OSError):
             channel.send(self._end, channel.Message(channel.STOP))
-
-    def abandon(self) -> None:
-        """Close our end only; for a fork of the worker's parent."""
-        self._end.close()
 
     def end(self, deadline: float) -> None:
         """Wait until `deadline` (time.monotonic) for the worker that was stopped, then kill it."""

@@ -18,6 +18,7 @@ from mooncake_hpc.kernels import ranges
 from mooncake_hpc.kernels import shm as native
 from mooncake_hpc.kernels.native import word
 from mooncake_hpc.memory import Bytes, MemoryFile
+from mooncake_hpc.process import own
 from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.transports.base import Peer, Route, Tables
 from mooncake_hpc.transports.lane import Lane
@@ -219,7 +220,7 @@ class ShmRoute(Route):
 def dial(address: str, timeout: float = handoff.TIMEOUT) -> socket.socket | None:
     """A connection to the peer's hand-over socket, within `timeout` seconds; None when it is not on this host, or not
     our user's."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    connection = own(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
     try:
         connection.settimeout(timeout)
         _connect(connection, "\0" + address, time.monotonic() + timeout)

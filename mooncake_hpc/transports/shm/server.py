@@ -19,6 +19,7 @@ from mooncake_hpc.authentication import Authentication
 from mooncake_hpc.errors import MooncakeError
 from mooncake_hpc.kernels import shm as native
 from mooncake_hpc.memory import MemoryFile
+from mooncake_hpc.process import own, own_listener
 from mooncake_hpc.transports.base import Registration
 from mooncake_hpc.transports.shm import handoff
 from mooncake_hpc.trouble import Trouble
@@ -55,7 +56,7 @@ class ShmServer:
     def __init__(self, authentication: Authentication) -> None:
         self._authentication = authentication
         self.address = f"mooncake-{os.getpid()}-{secrets.token_hex(8)}"
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._listener = own_listener(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
         self._listener.bind("\0" + self.address)
         self._listener.listen(socket.SOMAXCONN)
         self._lock = threading.Lock()
@@ -111,7 +112,7 @@ class ShmServer:
             connection = None
             try:
                 connection, _ = self._listener.accept()
-                self._admit(connection)
+                self._admit(own(connection))
                 trouble.over()
             except Exception as error:  # the next client is to be served all the same
                 if self._closing:
