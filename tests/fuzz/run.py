@@ -30,6 +30,7 @@ TARGETS = {
     "reader": ("handoff", "Reader"),
     "records": ("records", "Records"),
     "boards": ("boards", "Boards"),
+    "guarded": ("guarded", "Guarded"),
 }
 CHECK_INTERVAL_S = 1.0
 
