@@ -200,11 +200,9 @@ def impostor(answer: Callable[[bytes], bytes]) -> tuple[int, threading.Thread]:
 
 
 ANSWERS: dict[str, Callable[[bytes], bytes]] = {
-    "nothing": lambda hello: b"",
     "Mooncake's refusal": lambda hello: struct.pack("<Q", OK | 1),
     "its hello": lambda hello: hello,
     "its nonce": lambda hello: struct.pack("<Q", data.CHALLENGE) + hello[8:16] * 12,
-    "a short challenge": lambda hello: struct.pack("<Q", data.CHALLENGE) + bytes(95),
     "zeros": lambda hello: struct.pack("<Q", data.CHALLENGE) + bytes(96),
 }
 
@@ -214,6 +212,13 @@ def test_a_client_proves_nothing_to_who_has_not(kind: str) -> None:
     port, thread = impostor(ANSWERS[kind])
     expected = pytest.raises(AuthenticationError, match=r"segment 'served:1' at here")
     with socket.create_connection(("127.0.0.1", port), 5) as connection, expected:
+        prove(connection, expecting())
+    thread.join()
+
+
+def test_a_connection_that_ends_before_the_challenge_is_no_refusal() -> None:
+    port, thread = impostor(lambda _hello: b"")
+    with socket.create_connection(("127.0.0.1", port), 5) as connection, pytest.raises(frames.Closed):
         prove(connection, expecting())
     thread.join()
 

@@ -71,8 +71,10 @@ def ask(
     frames.send(connection, encode(Step.HELLO, exchange.nonce.hex().encode()), deadline)
     try:
         challenge = _take(frames.receive_body(connection, limit, deadline), Step.CHALLENGE, exchange.peer)
-    except (frames.Closed, ConnectionResetError, BrokenPipeError):  # as Mooncake does
-        raise refusal(exchange.peer, Reason.NO_SECRET_THERE) from None
+    except ConnectionError as error:
+        if expected.generation and not isinstance(error, frames.Closed):
+            raise  # one of ours that has ended
+        raise refusal(exchange.peer, Reason.NO_SECRET_THERE) from None  # Mooncake closes at what it does not know
     frames.send(connection, encode(Step.REQUEST, exchange.prove(challenge, request), request), deadline)
     reply = _take(frames.receive_body(connection, limit + OVERHEAD, deadline), Step.REPLY, exchange.peer)
     exchange.check_reply(reply[:PROOF_BYTES], reply[PROOF_BYTES:])

@@ -47,15 +47,12 @@ def prove(connection: socket.socket, expected: Expected, where: str, deadline: f
     Raises AuthenticationError, or OSError, TimeoutError among it.
     """
     exchange = expected.open(Purpose.DATA, where)
-    try:
-        hello = b"".join(HEADER.pack(0, word, OPCODE) for word in WORDS.unpack(exchange.nonce))
-        frames.send(connection, hello, deadline)
-        word = frames.receive_exactly(connection, STATUS.size, deadline)
-        if STATUS.unpack(word)[0] != CHALLENGE:
-            raise refusal(exchange.peer, Reason.NO_SECRET_THERE)
-        challenge = frames.receive_exactly(connection, CHALLENGE_BYTES, deadline)
-    except ConnectionError:
-        raise refusal(exchange.peer, Reason.NO_SECRET_THERE) from None
+    hello = b"".join(HEADER.pack(0, word, OPCODE) for word in WORDS.unpack(exchange.nonce))
+    frames.send(connection, hello, deadline)
+    (word,) = STATUS.unpack(frames.receive_exactly(connection, STATUS.size, deadline))
+    if word != CHALLENGE:
+        raise refusal(exchange.peer, Reason.NO_SECRET_THERE)
+    challenge = frames.receive_exactly(connection, CHALLENGE_BYTES, deadline)
     frames.send(connection, exchange.prove(challenge), deadline)
 
 
