@@ -11,7 +11,7 @@ import fake_fabric
 import numpy as np
 import pytest
 
-from mooncake_hpc import TransferEngine
+from mooncake_hpc import READ, WRITE, TransferEngine
 from mooncake_hpc.errors import AuthenticationError, NameInUse, PeerLost
 from mooncake_hpc.p2p import P2PStore
 from mooncake_hpc.settings import RdmaSettings, Settings
@@ -94,6 +94,20 @@ def test_only_those_with_the_same_secret_move_bytes(
         assert time.monotonic() - began < 3 and not (memory == 9).any()
         with pytest.raises(AuthenticationError, match=text):
             here.probe(there.name)
+
+
+@pytest.mark.parametrize("opcode", [READ, WRITE])
+def test_version_1_of_the_data_protocol_tells_it_too(files: dict[str, str], opcode: int) -> None:
+    store = spec("memory")
+    with (
+        engine("there:1", store, "tcp", settings(files["right"], tcp_proto=1)) as there,
+        engine("here:1", store, "tcp", settings("")) as here,
+    ):
+        theirs, ours = there.allocate(SIZE), here.allocate(SIZE)
+        segment = here.open_segment(there.name)
+        call = here.read if opcode == READ else here.write
+        with pytest.raises(AuthenticationError, match="this process has no secret"):
+            call(ours, segment, theirs.ctypes.data)
 
 
 @pytest.mark.parametrize(("theirs", "ours", "text"), PAIRS)

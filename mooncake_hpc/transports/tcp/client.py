@@ -152,7 +152,7 @@ class TcpLane(Lane):
             self._fail(cause)
         elif not self._fenced():
             self._remember()
-            self._fail(layout.LOST)
+            self._fail(self._diagnose())
         else:
             self._count_failure()
         with self.owned():
@@ -195,7 +195,19 @@ class TcpLane(Lane):
         self._failures = self._failures + 1 if at == self._stuck_at else 0
         self._stuck_at = at
         if self._failures >= ATTEMPTS:
-            self._fail(layout.LOST)
+            self._fail(self._diagnose())
+
+    def _diagnose(self) -> int:
+        """The code of a lost connection. Version 1 has no status word by which a peer says that it wants a proof."""
+        if self.version == 1 and self._peer.descriptor.generation:
+            try:
+                self._peer.fence(self._identity, FENCE_TIMEOUT)
+            except AuthenticationError as error:
+                self.last_error = str(error)
+                return layout.STRANGER
+            except MooncakeError:
+                pass
+        return layout.LOST
 
     def _fail(self, code: int) -> None:
         with self.owned():
