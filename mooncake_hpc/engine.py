@@ -266,7 +266,7 @@ class TransferEngine:
     def open_segment(self, name: str) -> Segment:
         """The segment of this name, ready for requests; opened again after its process was replaced.
 
-        Raises SegmentNotFound, MetadataUnavailable, PeerLost.
+        Raises SegmentNotFound, MetadataUnavailable, MalformedRecord, PeerLost; ConfigError for what can be no name.
         """
         process.check(self)
         with self._lock:

@@ -16,7 +16,8 @@ from mooncake_hpc.decode import Address, Count, Key, Length, Lid, Name, Optional
 
 OURS = "mooncake_hpc"
 MAX_BUFFERS = 1 << 20
-MAX_DEVICES = 1024
+MAX_DEVICES = 62  # each has a bit in a word of the rails' kernels
+MAX_NAMES = 1024  # in one list of a priority matrix
 GID = r"^([0-9a-fA-F]{2}(:?[0-9a-fA-F]{2}){15})?$"
 
 
@@ -123,7 +124,7 @@ class SegmentDescriptor:
 
 
 _Keys = Annotated[tuple[Key, ...], Meta(max_length=MAX_DEVICES)]
-_Devices = Annotated[list[Text], Meta(max_length=MAX_DEVICES)]
+_Devices = Annotated[list[Text], Meta(max_length=MAX_NAMES)]
 
 
 class _Buffer(Struct):

@@ -59,6 +59,7 @@ def use_segment(text: str) -> None:
     found = SegmentDescriptor.from_json(text, "it")
     Tables.of((b.address, b.address + b.length, b.readonly) for b in found.buffers)
     np.array([key for b in found.buffers for key in (*b.rkeys, *b.lkeys)], np.uint32)
+    np.array([1 << len(found.devices)], np.int64)  # as a rail's bit
     assert 0 <= found.tcp_data_port < 65536
     assert all(len(bytes.fromhex(device.gid.replace(":", ""))) in (0, 16) for device in found.devices)
     found.to_json().encode()
@@ -263,6 +264,20 @@ def test_what_versions_of_mooncake_write_is_read() -> None:
     assert RpcRecord.from_json(twice, "it").port == 2  # as its JSON library
     with pytest.raises(MalformedRecord):
         RpcRecord.from_json('{"ip_or_host_name":"a","rpc_port":"x","rpc_port":2}', "it")
+
+
+def test_a_segment_of_many_devices() -> None:
+    many = {"gid": GID, "lid": 1, "name": "d"}
+    for count in (62, 63):
+        buffer = {"addr": 4096, "length": 4096, "name": "cpu:0", "lkey": [1] * count, "rkey": [1] * count}
+        text = json.dumps(
+            {"name": "a", "buffers": [buffer], "devices": [{**many, "name": f"d{i}"} for i in range(count)]}
+        )
+        if count == 62:
+            use_segment(text)
+        else:
+            with pytest.raises(MalformedRecord, match="length <= 62"):
+                use_segment(text)
 
 
 def test_claims_allocate_nothing() -> None:
