@@ -15,6 +15,9 @@ Bits = npt.NDArray[np.bool_]
 HORIZON = 0.02  # seconds of a source's rate that are asked of it in advance
 AHEAD = (256 << 10, 8 << 20)  # bytes, at least and at most, asked of a source in advance
 SPAN = (0.005, 0.1)  # seconds over which a source's rate is measured: at first, since bytes come in bursts, and later
+STRIKES = 2  # shards in a row after which a source is not trusted any more: one may be an accident
+MISSED = 2  # turns that a reader lets pass before it has none any more, and nothing that it claims counts
+REST = (0.25, 8.0)  # seconds that a source which failed is left alone: at first, and at most
 STUCK = 1.0  # seconds without a byte after which a source counts as slow
 
 
@@ -29,10 +32,12 @@ class View:
     have: Bits
     fetching: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     ending: frozenset[int] = frozenset()
+    held: int = field(init=False)  # shards that it has
     whole: bool = field(init=False)  # it has all shards
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "whole", bool(self.have.all()))
+        object.__setattr__(self, "held", int(np.count_nonzero(self.have)))
+        object.__setattr__(self, "whole", self.held == len(self.have))
         if self.whole:
             object.__setattr__(self, "fetching", {})
             object.__setattr__(self, "ending", frozenset())
@@ -44,11 +49,13 @@ def claims(name: str, shards: int) -> npt.NDArray[np.float32]:
 
 
 class Others:
-    """What all other holders hold and are fetching, counted by shard."""
+    """What all other holders hold and are fetching, counted by shard: of those that are trusted, what they say and have
+    not been found to lack. Of the rest only that they hold all counts."""
 
     def __init__(self, host: str, shards: int) -> None:
         """`host` is ours."""
         self._host = host
+        self._counted: dict[str, _Counted] = {}
         self.holders = np.zeros(shards, np.int32)  # that hold a shard
         self.copies = np.zeros(shards, np.int32)  # that hold it and not all
         self.here = np.zeros(shards, np.int32)  # that hold it on this host
@@ -58,25 +65,45 @@ class Others:
         self.giving = 0  # that hold a shard, and not all
         self.loads: Counter[str] = Counter()  # that fetch from a source
 
-    def add(self, view: View) -> None:
-        self._count(view, 1)
+    def count(self, source: Source) -> None:
+        """Count what is known of the source now, in place of what was counted of it."""
+        self.discount(source.view.name)
+        counted = _Counted(source.view, source.has, source.trusted, source.takes_turns)
+        self._counted[source.view.name] = counted
+        self._add(counted, 1)
 
-    def remove(self, view: View) -> None:
-        self._count(view, -1)
+    def discount(self, name: str) -> None:
+        """The source counts no longer."""
+        if (counted := self._counted.pop(name, None)) is not None:
+            self._add(counted, -1)
 
-    def _count(self, view: View, sign: int) -> None:
-        self.holders += sign * view.have
-        if view.whole:
-            self.whole += sign
-        else:
-            self.copies += sign * view.have
-            self.giving += sign * int(view.have.any())
+    def _add(self, counted: _Counted, sign: int) -> None:
+        view, has = counted.view, counted.has
+        self.whole += sign * view.whole
+        self.giving += sign * (not view.whole and bool(has.any()))
+        if not counted.trusted:
+            return
+        self.holders += sign * has
+        if not view.whole:
+            self.copies += sign * has
         if view.host == self._host:
-            self.here += sign * view.have
+            self.here += sign * has
+        if not counted.takes_turns:
+            return
         for name, shards in view.fetching.items():
             self.coming[list(shards)] += sign
             self.loads[name] += sign
         self.ending[list(view.ending)] += sign
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """What was counted of a source: its view, the shards that it has as far as we know, what it was trusted with."""
+
+    view: View
+    has: Bits
+    trusted: bool
+    takes_turns: bool
 
 
 @dataclass(slots=True)
@@ -93,8 +120,37 @@ class Source:
     mark: float = 0.0  # since when `amount` bytes have come
     amount: int = 0
     refused: set[int] = field(default_factory=set)  # shards that it does not really have
-    failures: int = 0
+    failures: int = 0  # in a row: it did not answer
+    strikes: int = 0  # shards in a row that it was asked for and did not give, or not rightly
+    late: bool = False  # what it was asked for takes far too long
+    trusted: bool = True  # whether others are left alone for what it has
+    missed: int = 0  # turns that it let pass, since it last got something
+    grown: float = 0.0  # when it was first seen, or last got something
     resting_until: float = 0.0
+
+    @property
+    def has(self) -> Bits:
+        """The shards that it says it has, without those that it was found to lack."""
+        if not self.refused:
+            return self.view.have
+        has = self.view.have.copy()
+        has[list(self.refused)] = False
+        return has
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether what it is to fetch, or says it is fetching, is left to it."""
+        return self.trusted and self.missed < MISSED
+
+    def judge(self, now: float) -> bool:
+        """Decide whether it is trusted. Whether that has changed."""
+        before = self.trusted
+        self.trusted = not (self.failures or self.strikes >= STRIKES or self.late or now < self.resting_until)
+        return self.trusted != before
+
+    def rest(self, now: float, times: int) -> None:
+        """Leave it alone, for twice as long each time."""
+        self.resting_until = max(self.resting_until, now + min(REST[1], REST[0] * 2 ** min(times, 32)))
 
     @property
     def ahead(self) -> int:

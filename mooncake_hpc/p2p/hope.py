@@ -17,21 +17,19 @@ class Hope:
 
     def look(self, now: float) -> None:
         """The caller holds the lock that guards the swarm."""
-        lost = self._look()
+        lost = self._look(now)
         if self.lost is None:
             self.since = now
         self.lost = lost
 
-    def _look(self) -> int | None:
+    def _look(self, now: float) -> int | None:
         swarm = self._swarm
         if swarm.busy:
             return None
         possible = np.zeros(len(swarm.sizes), bool)
         for source in swarm.sources.values():
-            offered = source.view.have.copy()
-            offered[list(source.refused)] = False
-            possible |= offered
-            for shards in source.view.fetching.values():
+            possible |= source.has
+            for shards in source.view.fetching.values() if swarm.gets_on(source, now) else ():
                 possible[list(shards)] = True
         missing = np.flatnonzero(swarm.wanted & ~swarm.have & ~possible)
         return int(missing[0]) if len(missing) else None

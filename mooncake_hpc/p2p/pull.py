@@ -93,7 +93,8 @@ class Pull:
                 self._errors.pop(holder.segment, None)
             self._holders[holder.segment] = holder
             self._names[source_id(holder.segment)] = holder.segment
-            self.swarm.see(View(holder.segment, holder.host, have, fetching))
+            view = View(holder.segment, holder.host, have, fetching)
+            self.swarm.see(view, time.monotonic(), anew=before is not None and not same)
             self._wake()
 
     def news(self, holder: Holder, news: News) -> float | None:
@@ -102,14 +103,15 @@ class Pull:
             present, known = self._holders.get(holder.segment), self.swarm.sources.get(holder.segment)
             if present is None or known is None or not _same_place(present, holder):
                 return None
-            self.swarm.answered(holder.segment)
+            now = time.monotonic()
+            self.swarm.answered(holder.segment, now)
             before = known.view
             view = View(
                 holder.segment, holder.host, news.have | before.have, by_source(news.claims, self._names), news.ending
             )
             told = view.fetching, view.ending, view.have.sum()
             if told != (before.fetching, before.ending, before.have.sum()):
-                self.swarm.see(view)
+                self.swarm.see(view, now)
                 self._wake()
             pause = max(NEWS[0], NEWS[1] * len(self._holders))
             return None if view.whole else pause if self.swarm.width >= CALM else pause / HURRY
@@ -189,6 +191,7 @@ class Pull:
 
     def _hand_out(self, now: float) -> None:
         swarm = self.swarm
+        swarm.look(now)
         self._copying = swarm.copying(now)
         if self._copying:
             return
@@ -196,7 +199,7 @@ class Pull:
             for name, holder in self._holders.items():
                 if holder.board is not None and name not in self._workers:
                     self._worker(name)
-        for name in sorted(swarm.sources, key=swarm.load):
+        for name in swarm.by_promise():
             source = swarm.sources[name]
             if source.begun or name not in self._holders:
                 continue  # its worker asks by itself
@@ -221,15 +224,34 @@ class Pull:
         if self.swarm.under_way[shard]:
             racing = any(job.target is not self._memory for jobs in self._jobs.values() for job in jobs)
             if racing or (scratch := self._scratch.take(begin, end)) is None:
+                for other in [*self._jobs[shard]]:
+                    self._abandon(other, now)
                 return None
             target = scratch
             self.progress.raced += 1
-        job = Job(shard, begin, end, target)
+        job = Job(shard, begin, end, target, name)
         self.swarm.begin(name, shard, now)
         self._jobs.setdefault(shard, []).append(job)
         if self._board is not None:
             self._board.claim(name, shard)
         return job
+
+    def _abandon(self, job: Job, now: float) -> None:
+        """Take the shard from its source. Its worker lets go of the memory and says so; where it has not touched it
+        yet, which may take long if the source does not even answer, it never will."""
+        job.abandoned = True
+        if not job.started:
+            job.ended.set()
+            self._let_go(job, now)
+
+    def _let_go(self, job: Job, now: float) -> None:
+        """The job has ended without its shard."""
+        if self._forget(job):
+            if job.abandoned and job.target is self._memory:
+                self.swarm.overtaken(job.source, job.shard, job.left, now)
+            else:
+                self.swarm.given_up(job.source, job.shard, job.left)
+            self._wake()
 
     def _check_hope(self, shard: int, seconds: float, lost_after: float) -> None:
         """The shard has had no source for so long. Raises IntegrityError, ObjectNotFound."""
@@ -275,6 +297,12 @@ class Pull:
             known = self.swarm.sources.get(source)
             return self.swarm.ahead(known, time.monotonic()) if known is not None else 0
 
+    def starts(self, job: Job) -> bool:
+        """Whether its worker may touch its memory from now on."""
+        with self.lock:
+            job.started = not job.abandoned
+            return job.started
+
     def arrived(self, source: str, job: Job, nbytes: int) -> None:
         with self.lock:
             self.swarm.received(source, nbytes, time.monotonic())
@@ -304,12 +332,13 @@ class Pull:
 
     def _verified(self, source: str, job: Job) -> bool:
         """The shard is here. Whether it was missing."""
-        news = self.swarm.verified(source, job.shard)
+        now = time.monotonic()
+        news = self.swarm.verified(source, job.shard, now)
         if self._board is not None:
             self._board.hold(job.shard)
-        self._forget(source, job)
-        for other in self._jobs.get(job.shard, ()):
-            other.abandoned = True
+        self._forget(job)
+        for other in [*self._jobs.get(job.shard, ())]:
+            self._abandon(other, now)
         if news:
             self._count(source, job)
         return news
@@ -326,7 +355,7 @@ class Pull:
         with self.lock:
             others = [other for other in self._jobs.get(job.shard, ()) if other is not job]
             for other in others:
-                other.abandoned = True
+                self._abandon(other, time.monotonic())
         for other in others:
             if not other.ended.wait(JOIN):
                 return False
@@ -342,32 +371,33 @@ class Pull:
             self._manifest.name, job.shard, source,
         )  # fmt: skip
         with self.lock:
-            self.swarm.wrong(source, job.shard)
-            self._forget(source, job)
+            self.swarm.wrong(source, job.shard, time.monotonic())
+            self._forget(job)
             self.progress.wrong[source] += 1
             self._wake()
 
     def dropped(self, source: str, job: Job) -> None:
         with self.lock:
-            self.swarm.given_up(source, job.shard, job.left)
-            self._forget(source, job)
-            self._wake()
+            self._let_go(job, time.monotonic())
 
     def failed(self, source: str, jobs: list[Job], error: MooncakeError) -> None:
         log.info("object %r: %s: %s", self._manifest.name, source, error)
         with self.lock:
-            left = sum(job.left for job in jobs)
-            self.swarm.failed(source, [job.shard for job in jobs], left, time.monotonic())
-            for job in jobs:
-                self._forget(source, job)
+            lost = [job for job in jobs if self._forget(job)]
+            left = sum(job.left for job in lost)
+            self.swarm.failed(source, [job.shard for job in lost], left, time.monotonic())
             self.progress.failures[source] += 1
             self._errors[source] = error
             self._wake()
 
-    def _forget(self, source: str, job: Job) -> None:
+    def _forget(self, job: Job) -> bool:
+        """The job is under way no longer. False: it was not."""
+        jobs = self._jobs.get(job.shard, [])
+        if job not in jobs:
+            return False
         if self._board is not None:
-            self._board.unclaim(source, job.shard)
-        jobs = self._jobs[job.shard]
+            self._board.unclaim(job.source, job.shard)
         jobs.remove(job)
         if not jobs:
             del self._jobs[job.shard]
+        return True

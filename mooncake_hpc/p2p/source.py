@@ -45,16 +45,18 @@ SILENCE = (3.0, 30.0)  # seconds without a byte after which a source counts as g
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A shard to fetch, bytes `begin` to `end` of the object, into `target`."""
+    """A shard to fetch, bytes `begin` to `end` of the object, into `target`, from the holder `source`."""
 
     shard: int
     begin: int
     end: int
     target: Memory
+    source: str = ""
     hasher: Hasher | None = None  # of what came in pieces
     asked: int = 0  # first byte not yet asked for
     hashed: int = 0  # first byte not yet hashed
-    abandoned: bool = False  # another source was faster
+    started: bool = False  # `target` may be written to
+    abandoned: bool = False  # another source was faster, or is to be
     ended: threading.Event = field(default_factory=threading.Event)  # nothing touches `target` for it any more
 
     def __post_init__(self) -> None:
@@ -82,6 +84,8 @@ class Listener(Protocol):
     def next_jobs(self, source: str, nbytes: int) -> list[Job]: ...
 
     def window(self, source: str) -> int: ...
+
+    def starts(self, job: Job) -> bool: ...
 
     def arrived(self, source: str, job: Job, nbytes: int) -> None: ...
 
@@ -205,6 +209,8 @@ class Worker:
 
     def _copy(self, copier: Copier) -> None:
         """Copy what was taken, shards of COPIED_AT_ONCE bytes, and tell of them together."""
+        for job in [*self._jobs]:
+            self._start(job)
         jobs = [*self._jobs]
         if not jobs:
             return
@@ -222,9 +228,17 @@ class Worker:
         while self._bytes < window or not self._pieces:
             job = next((job for job in self._jobs if job.asked < job.end), None)
             if job is not None:
-                self._submit(job, segment)
+                if self._start(job):
+                    self._submit(job, segment)
             elif not self._more(1):
                 return
+
+    def _start(self, job: Job) -> bool:
+        """Whether its memory may be written to from now on; if not, the job is ours no longer."""
+        if not job.started and not self._listener.starts(job):
+            self._jobs.remove(job)
+            return False
+        return True
 
     def _more(self, nbytes: int) -> bool:
         """Take the shard that we were given, or the next ones, of `nbytes` or more; False: there is none."""
@@ -281,7 +295,7 @@ class Worker:
         self._listener.complete(self.holder.segment, jobs, digests)
 
     def _drop_abandoned(self) -> None:
-        if gone := [job for job in self._jobs if job.abandoned]:
+        if gone := [job for job in self._jobs if job.abandoned and job.started]:
             self._cancel(gone)
 
     def _cancel(self, jobs: list[Job]) -> None:

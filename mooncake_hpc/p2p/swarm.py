@@ -13,8 +13,15 @@ from whom. The rules:
 3. *Rarest first* among what several have.
 4. *Least loaded source*: a source that serves `SLOTS` readers already is left to them as long as another one, less
    loaded, has something for us. The first holder is a source like any other.
-5. A source that delivered wrong bytes is not asked for that shard again; one that failed gets a rest, longer each time.
-6. *Racing*: when nothing is left to begin, a shard that comes slowly is fetched again from a better source.
+5. A source that delivered wrong bytes is not asked for that shard again; one that failed gets a rest, longer each time,
+   and so does one that was wrong again and again.
+6. *Racing*: when nothing is left to begin, a shard that comes slowly is fetched again from a better source, or taken
+   from the slow ones where there is no room beside it.
+7. *Trust*: the rules above leave shards to others: a holder on this host, a less loaded source, a reader whose turn it
+   is. Only those count that have earned it. Whoever fails, is wrong twice in a row or takes far too long is left out of
+   all of them until a right shard has come from it (or, where it only did not answer, an answer). It is still asked, at
+   a distance: it may be the only one. A reader that lets its turns pass has none, one that gets nothing for long has no
+   claim. Claims of others thus cost time, once, and never the object.
 
 The bound for N readers and M shards on equal links is (S/B)(1 + floor(log2 N)/M) seconds for S bytes at B bytes a
 second: the first holder's link must carry each shard once, and the last shard then doubles its holders in each step.
@@ -24,11 +31,12 @@ What costs most is a shard that leaves the first holder twice.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import inf
 
 import numpy as np
 import numpy.typing as npt
 
-from mooncake_hpc.p2p.holders import STUCK, Bits, Others, Source, View, claims
+from mooncake_hpc.p2p.holders import MISSED, STRIKES, STUCK, Bits, Others, Source, View, claims
 
 Shards = npt.NDArray[np.int64]
 
@@ -36,10 +44,11 @@ WIDTH = 8  # sources beyond the wire that one reader uses at a time
 SPREAD = 2.0  # holders by which a reader departs from rarest first, lest all ask for the same shard at once
 SLOTS = 3  # readers that a source beyond the wire serves at a time, where there is a choice
 NEWS = 0.03  # seconds until a reader's news are everywhere
-REST = (0.25, 8.0)  # seconds that a source which failed is left alone: at first, and at most
 SLOW = 3.0  # a shard is raced when its source is so many times slower than another one
 LEAVING = 4  # shards that leave a first holder at a time: as few as keep its link busy, since news of them take a while
 PATIENCE = 1.0  # seconds after which a turn passes on, and a reader with nothing to do takes what it can get
+STALLED = 5.0  # seconds in which a reader gets nothing, after which nobody counts on what it says it is fetching
+LOOK = 0.05  # seconds between two looks at who is late
 
 
 class Swarm:
@@ -56,50 +65,92 @@ class Swarm:
         self._claim = claims(me, len(sizes))
         self._ending: set[int] = set()  # shards that we nearly have
         self._awaited: dict[int, float] = {}  # shards that no reader had: since when
-        self._order: tuple[int, int, int, int] | None = None
+        self._order: tuple[list[str], dict[str, list[str]]] | None = None  # hosts, and readers by host
+        self._passed: dict[int, int] = {}  # turns that have passed, by shard
+        self._next_look = 0.0
+        self._mates: list[str] = []  # readers on this host that got on when `_ours` was made
         self._ours: Bits | None = None
         self._idle_since: float | None = None
         self._cursor = 0
 
     # --- what others say ------------------------------------------------------------------------------------
 
-    def see(self, view: View) -> None:
-        """A holder's record is new or has changed."""
+    def see(self, view: View, now: float = 0.0, anew: bool = False) -> None:
+        """A holder's record is new or has changed. `anew`: it is another process than before."""
         if view.name == self.me:
             return
-        known = self.sources.get(view.name)
-        if known is None:
-            self.sources[view.name] = Source(view, view.host == self.host, claims(view.name, len(self.sizes)))
+        source = self.sources.get(view.name)
+        if source is None:
+            source = Source(view, view.host == self.host, claims(view.name, len(self.sizes)), grown=now)
+            self.sources[view.name] = source
             self._order = self._ours = None
+            self._next_look = 0.0
         else:
-            self._others.remove(known.view)
-            if known.view.whole != view.whole:
+            took_turns = source.takes_turns
+            if anew:
+                source.refused, source.failures, source.strikes, source.rate = set(), 0, 0, 0.0
+                source.resting_until = 0.0
+            if anew or view.held > source.view.held:
+                source.grown = now
+                source.missed = 0
+            if source.view.whole != view.whole or source.view.host != view.host or source.takes_turns != took_turns:
                 self._order = self._ours = None
-            known.view = view
-        self._others.add(view)
+            source.local = view.host == self.host
+            source.view = view
+            source.judge(now)
+        self._others.count(source)
 
     def forget(self, name: str) -> None:
-        """A holder is gone. Shards under way from it end by `failed`."""
+        """A holder is gone. Shards under way from it end by `failed` or `given_up`."""
         source = self.sources.get(name)
         if source is None:
             return
         self._order = self._ours = None
-        self._others.remove(source.view)
+        self._others.discount(name)
         if source.begun:  # its worker still has to report
-            source.view = View(name, source.view.host, np.zeros(len(self.sizes), bool))
+            source.view, source.missed = View(name, source.view.host, np.zeros(len(self.sizes), bool)), MISSED
         else:
             del self.sources[name]
+
+    def look(self, now: float) -> None:
+        """Time has passed: who is late, whose rest has ended. To be called often; looks now and then."""
+        if now < self._next_look:
+            return
+        self._next_look = now + LOOK
+        for source in self.sources.values():
+            source.late = self._is_late(source, now)
+            self._judge(source, now)
+        if self._mates != self._mates_now(now):
+            self._ours = None
+
+    def _is_late(self, source: Source, now: float) -> bool:
+        """Whether what it was asked for takes far longer than it should."""
+        left = source.time_left(now) if source.begun else 0.0
+        return left > PATIENCE and left > SLOW * source.backlog / (self._rate(source) or inf)
+
+    def _judge(self, source: Source, now: float) -> None:
+        """Count the source by whether it is trusted."""
+        if source.judge(now):
+            self._recount(source)
+
+    def _recount(self, source: Source) -> None:
+        self._order = self._ours = None
+        self._others.count(source)
 
     def load(self, name: str) -> int:
         """Other readers that fetch from this source."""
         return self._others.loads[name]
+
+    def by_promise(self) -> list[str]:
+        """All sources in the order in which they are to be asked: those that are trusted first, the least loaded."""
+        return sorted(self.sources, key=lambda name: (not self.sources[name].trusted, self.load(name)))
 
     # --- decisions ------------------------------------------------------------------------------------------
 
     @property
     def needs_news(self) -> bool:
         """Whether it matters what others are fetching: not where all can be copied from a process of this host."""
-        return not any(source.local and source.view.whole for source in self.sources.values())
+        return not any(source.local and source.view.whole and source.trusted for source in self.sources.values())
 
     @property
     def done(self) -> bool:
@@ -128,10 +179,7 @@ class Swarm:
             return self._choose_here(source, now)
         if source.backlog >= self.ahead(source, now):
             return None
-        open_ = source.view.have & self._open
-        if source.refused:
-            open_[list(source.refused)] = False
-        open_ &= self._others.here == 0
+        open_ = source.has & self._open & (self._others.here == 0)
         if not open_.any():
             return self._race(source, now)
         return self._take_turn(source, open_, now)
@@ -141,11 +189,10 @@ class Swarm:
         near = self._near(now)
         if near is source and not source.refused:
             return self._next_in_order()
-        open_ = source.view.have & self._open
-        open_[list(source.refused)] = False
+        open_ = source.has & self._open
         if near is not None and near is not source:
-            open_ &= np.isin(np.arange(len(open_)), [*near.refused])
-        return self._rarest(open_)
+            open_ &= ~near.has
+        return self._rarest(open_) if open_.any() else self._race(source, now)
 
     def _next_in_order(self) -> int | None:
         """The first shard to be asked for, sought on from the last one: there may be many, each soon copied."""
@@ -163,14 +210,14 @@ class Swarm:
         return near is not None and bool(near.begun) and not near.refused
 
     def _near(self, now: float) -> Source | None:
-        """A process of this host that holds all: everything is copied from it, since to map the memory of each of the
-        others costs more. The one in use, if there is one."""
-        able = [s for s in self.sources.values() if s.local and s.view.whole and now >= s.resting_until]
+        """A trusted process of this host that holds all: everything is copied from it, since to map the memory of each
+        of the others costs more. The one in use, if there is one."""
+        able = [s for s in self.sources.values() if s.local and s.view.whole and s.trusted and now >= s.resting_until]
         return min(able, key=lambda s: (not s.begun, not s.rate, s.view.name), default=None)
 
     def _take_turn(self, source: Source, open_: Bits, now: float) -> int | None:
         """A shard that no reader has yet and whose turn it is, or one that readers have."""
-        fresh = source.view.have & ~self.have & (self._others.copies == 0)
+        fresh = source.has & ~self.have & (self._others.copies == 0)
         bored = self._bored(now)
         if fresh.any():
             shard = self._first_copy(source, np.flatnonzero(fresh), open_, now)
@@ -178,7 +225,7 @@ class Swarm:
                 return shard
         if not source.begun and self.width >= WIDTH:
             return None
-        common = open_ & (self._others.copies > 0) & self._ours_here()
+        common = open_ & (self._others.copies > 0) & self._ours_here(now)
         if not common.any():
             return None
         load = self.load(source.view.name)
@@ -189,13 +236,27 @@ class Swarm:
         room = self._window(source)
         patience = max(PATIENCE, SLOW * int(self.sizes[0]) / source.rate if source.rate else 0.0)
         for shard in fresh:
-            passed = int((now - self._awaited.setdefault(int(shard), now)) / patience)
+            passed = self._turns_passed(int(shard), now, patience)
             if open_[shard] and (passed or not self._others.coming[shard]) and self._turn(shard, passed):
                 return int(shard)
             room -= not passed and not self._others.ending[shard] and shard not in self._ending
             if room <= 0:
                 break
         return None
+
+    def _turns_passed(self, shard: int, now: float, patience: float) -> int:
+        """How many had their turn with a shard and did not bring it. It counts against the last one of them, and
+        against those that say they are fetching it."""
+        passed = int((now - self._awaited.setdefault(shard, now)) / patience)
+        if passed > self._passed.get(shard, 0):
+            self._passed[shard] = passed
+            turn = self._whose_turn(shard, passed - 1)
+            for name, source in self.sources.items():
+                if name == turn or any(shard in shards for shards in source.view.fetching.values()):
+                    source.missed += 1
+                    if source.missed == MISSED:
+                        self._recount(source)
+        return passed
 
     def _reserved(self) -> bool:
         """Whether those who hold all give nothing else than what no reader has: until all of that has been begun."""
@@ -224,13 +285,19 @@ class Swarm:
     def _turn(self, shard: int, passed: int) -> bool:
         """Whether the shard is ours to fetch first, after `passed` others had their time. Hosts take turns, and the
         readers on a host."""
+        return self._whose_turn(shard, passed) == self.me
+
+    def _whose_turn(self, shard: int, passed: int) -> str:
+        """The reader whose turn it is with the shard, after so many others."""
         if self._order is None:
-            pulling = [s.view for s in self.sources.values() if not s.view.whole and not s.failures]
-            hosts = sorted({view.host for view in pulling} | {self.host})
-            mates = sorted([view.name for view in pulling if view.host == self.host] + [self.me])
-            self._order = len(hosts), hosts.index(self.host), len(mates), mates.index(self.me)
-        all_hosts, host, all_mates, mate = self._order
-        return (shard + passed) % all_hosts == host and (shard // all_hosts + passed) % all_mates == mate
+            mates = {self.host: [self.me]}
+            for s in self.sources.values():
+                if not s.view.whole and s.takes_turns:
+                    mates.setdefault(s.view.host, []).append(s.view.name)
+            self._order = sorted(mates), {host: sorted(names) for host, names in mates.items()}
+        hosts, mates = self._order
+        names = mates[hosts[(shard + passed) % len(hosts)]]
+        return names[(shard // len(hosts) + passed) % len(names)]
 
     def _rarest(self, open_: Bits) -> int | None:
         shards = np.flatnonzero(open_)
@@ -241,15 +308,24 @@ class Swarm:
 
     @property
     def width(self) -> int:
-        """Sources beyond the wire that are in use."""
-        return sum(1 for other in self.sources.values() if other.begun and not other.local)
+        """Sources beyond the wire that are in use, and give something."""
+        return sum(1 for other in self.sources.values() if other.begun and not other.local and not other.late)
 
-    def _ours_here(self) -> Bits:
-        """Shards that are ours to fetch, of the readers of this host."""
+    def _ours_here(self, now: float) -> Bits:
+        """Shards that are ours to fetch, of the readers of this host that get on."""
         if self._ours is None:
-            mates = [s.claim for s in self.sources.values() if s.local and not s.view.whole]
+            self._mates = self._mates_now(now)
+            mates = [self.sources[name].claim for name in self._mates]
             self._ours = self._claim > np.maximum.reduce([np.zeros_like(self._claim), *mates])
         return self._ours
+
+    def _mates_now(self, now: float) -> list[str]:
+        return [s.view.name for s in self.sources.values() if s.local and not s.view.whole and self.gets_on(s, now)]
+
+    def gets_on(self, source: Source, now: float) -> bool:
+        """Whether a reader can be expected to get what it says it is fetching."""
+        longest = SLOW * int(self.sizes[0]) / (self._rate() or inf) if len(self.sizes) else 0.0
+        return source.trusted and now - source.grown < max(STALLED, longest)
 
     def _bored(self, now: float) -> bool:
         """Whether nothing has been under way to us for long."""
@@ -266,9 +342,10 @@ class Swarm:
         reserved = self._reserved()
         return any(
             self.load(name) < load
+            and other.trusted
             and now >= other.resting_until
             and not (reserved and other.view.whole)
-            and (missing & other.view.have).any()
+            and (missing & other.has).any()
             for name, other in self.sources.items()
             if other is not source
         )
@@ -277,22 +354,29 @@ class Swarm:
         """A shard to fetch from this source although another one is at it, since that one is so slow."""
         if source.begun or (self._open & (self._others.here == 0)).any():
             return None
+        left: dict[int, float] = {}
+        for other in self.sources.values():
+            for shard in other.begun:
+                left[shard] = min(left.get(shard, inf), other.time_left(now) / SLOW)
         late = [
-            (other.time_left(now) / SLOW, shard)
-            for other in self.sources.values()
-            if other is not source
-            for shard in other.begun
-            if source.view.have[shard] and shard not in source.refused and self.under_way[shard] == 1
+            (seconds, shard)
+            for shard, seconds in left.items()
+            if source.view.have[shard] and shard not in source.refused
         ]
         if not late:
             return None
-        left, shard = max(late)
-        return shard if left > self._time_for(source, int(self.sizes[shard])) else None
+        seconds, shard = max(late)
+        return shard if seconds > self._time_for(source, int(self.sizes[shard])) else None
 
     def _time_for(self, source: Source, nbytes: int) -> float:
-        rates = [other.rate for other in self.sources.values() if other.rate]
-        rate = source.rate or (sum(rates) / len(rates) if rates else 0.0)
+        """Seconds for so many bytes more from the source."""
+        rate = source.rate or self._rate(source)
         return (source.backlog + nbytes) / rate if rate else STUCK
+
+    def _rate(self, but: Source | None = None) -> float:
+        """Bytes a second that a trusted source gives us on average, `but` for this one. 0: unknown."""
+        rates = [other.rate for other in self.sources.values() if other.rate and other.trusted and other is not but]
+        return sum(rates) / len(rates) if rates else 0.0
 
     # --- what happens ---------------------------------------------------------------------------------------
 
@@ -315,28 +399,43 @@ class Swarm:
         self._ending.add(shard)
         return True
 
-    def verified(self, name: str, shard: int) -> bool:
+    def verified(self, name: str, shard: int, now: float = 0.0) -> bool:
         """The shard has come whole and right. Whether it was missing."""
-        self._ended(name, shard, 0)
-        self.answered(name)
+        source = self._ended(name, shard, 0)
+        if source.strikes or source.failures:
+            source.strikes = 0
+            self.answered(name, now)
         news = not self.have[shard]
         self.have[shard] = True
         self._open[shard] = False
         return news
 
-    def answered(self, name: str) -> None:
+    def answered(self, name: str, now: float = 0.0) -> None:
         """The source is there after all."""
         source = self.sources[name]
-        if source.failures:
-            source.failures, self._order = 0, None
+        source.failures = 0
+        self._judge(source, now)
 
     def given_up(self, name: str, shard: int, left: int) -> None:
         """The shard is not wanted from this source any more; `left` bytes of it have not come."""
         self._ended(name, shard, left)
 
-    def wrong(self, name: str, shard: int) -> None:
+    def overtaken(self, name: str, shard: int, left: int, now: float) -> None:
+        """The source was too slow with the shard: it was taken from it, or came from another one."""
+        source = self._ended(name, shard, left)
+        source.strikes += 1
+        source.rest(now, source.strikes - 1)
+        self._judge(source, now)
+
+    def wrong(self, name: str, shard: int, now: float = 0.0) -> None:
         """The source delivered bytes that do not match the digest."""
-        self._ended(name, shard, 0).refused.add(shard)
+        source = self._ended(name, shard, 0)
+        source.refused.add(shard)
+        source.strikes += 1
+        if source.strikes >= STRIKES:
+            source.rest(now, source.strikes - STRIKES)
+        source.judge(now)
+        self._recount(source)
 
     def failed(self, name: str, shards: Iterable[int], left: int, now: float) -> None:
         """Nothing comes from the source for now; `left` bytes of these shards have not come. It has no turns, and what
@@ -344,15 +443,15 @@ class Swarm:
         source = self.sources.get(name)
         if source is None:
             return
+        shards = [*shards]
         for shard in shards:
             self._ended(name, shard, 0)
-        self._others.remove(source.view)
-        source.view = View(name, source.view.host, source.view.have)
-        self._others.add(source.view)
-        self._order = None
+        source.strikes += bool(shards)
         source.backlog -= left
-        source.resting_until = now + min(REST[1], REST[0] * 2**source.failures)
         source.failures += 1
+        source.rest(now, max(source.failures, source.strikes) - 1)
+        source.judge(now)
+        self._recount(source)
 
     def _ended(self, name: str, shard: int, left: int) -> Source:
         source = self.sources[name]

@@ -1,5 +1,7 @@
 """Readers on equal links, simulated: each with a `Swarm` of its own, announcements that take their time, links shared
-fairly among flows. The unit of time is what a link takes for one shard."""
+fairly among flows. The unit of time is what a link takes for one shard.
+
+Beside the readers there may be other holders, most of them bad ones: see `Holder`."""
 
 from __future__ import annotations
 
@@ -26,6 +28,24 @@ class Flow:
     told: int = 0  # bytes that the reader knows to have come
 
 
+SILENCE = (3.0, 30.0)  # seconds without a byte after which a source counts as gone, as in source.py
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A holder that pulls nothing.
+
+    `kind` is good, wrong (all bytes), mixed (every other shard is wrong), dead (refuses connections), silent (takes
+    them, and gives nothing), drip (a thousandth of a link), idle (a reader that has nothing and fetches nothing) or
+    lying (has nothing, and says that it is fetching everything). `has` is the share of shards that it says it has.
+    """
+
+    kind: str = "good"
+    host: str = "far"
+    has: float = 1.0
+    until: float = float("inf")  # when its record vanishes
+
+
 @dataclass
 class Simulation:
     """`readers` nodes 1.. pull `shards` shards from node 0; `delay` units until an announcement is everywhere."""
@@ -39,6 +59,8 @@ class Simulation:
     hosts: dict[int, str] = field(default_factory=dict)
     dies: dict[int, float] = field(default_factory=dict)
     slow: dict[int, float] = field(default_factory=dict)  # node: share of a link's rate
+    others: dict[int, Holder] = field(default_factory=dict)  # by node, above the readers
+    first: bool = True  # node 0 is there
     unit: float = 0.042  # seconds of one shard at the full rate, for the policy's rates and times
 
     def __post_init__(self) -> None:
@@ -47,10 +69,24 @@ class Simulation:
         self.swarms = {
             i: Swarm(self.name(i), self.hosts.get(i, str(i)), sizes, all_, none) for i in range(1, self.readers + 1)
         }
-        self.views = {0: View(self.name(0), self.hosts.get(0, "0"), all_)}
+        self.views = {0: View(self.name(0), self.hosts.get(0, "0"), all_)} if self.first else {}
+        chance = np.random.default_rng(self.seed)
+        for node, other in self.others.items():
+            have = chance.random(self.shards) < other.has if other.kind not in ("idle", "lying") else none
+            fetching = {self.name(0): tuple(range(self.shards))} if other.kind == "lying" else {}
+            host = f"{node}" if other.host == "far" else other.host
+            self.views[node] = View(
+                self.name(node),
+                host,
+                have,
+                fetching,
+                frozenset(range(self.shards)) if other.kind == "lying" and chance.random() < 0.5 else frozenset(),
+            )
+        self.silence: dict[tuple[int, int], float] = {}
+        self.wasted = 0
         self.flows: list[Flow] = []
         self.now = 0.0
-        self.sent = dict.fromkeys(range(self.readers + 1), 0)
+        self.sent = dict.fromkeys([*range(self.readers + 1), *self.others], 0)
         self.over_wire: dict[tuple[str, int], int] = {}
         self.finished: dict[int, float] = {}
         self.dead: set[int] = set()
@@ -70,6 +106,9 @@ class Simulation:
             self._at(self.starts.get(i, 0.0), "start", i)
         for i, time in self.dies.items():
             self._at(time, "die", i)
+        for i, other in self.others.items():
+            if other.until < float("inf"):
+                self._at(other.until, "vanish", i)
         expected = set(self.swarms) - set(self.dies)
         while not expected <= self.finished.keys():
             self._share()
@@ -84,6 +123,7 @@ class Simulation:
             for flow in [f for f in self.flows if f.left <= 1e-9]:
                 if any(f is flow for f in self.flows):  # not given up meanwhile
                     self._complete(flow)
+            self._give_up_waiting()
             while self._events and self._events[0][0] <= self.now + 1e-12:
                 _, _, kind, node, what = heapq.heappop(self._events)
                 getattr(self, "_" + kind)(node, what)
@@ -99,7 +139,7 @@ class Simulation:
     def _start(self, node: int, _: object) -> None:
         self.started.add(node)
         for view in self.views.values():
-            self.swarms[node].see(view)
+            self.swarms[node].see(view, self.now * self.unit)
         self._announce(node)
         self._at(self.now + 1.0, "tick", node)
 
@@ -121,8 +161,11 @@ class Simulation:
 
     def _vanish(self, node: int, _: object) -> None:
         del self.views[node]
-        for swarm in self.swarms.values():
+        for reader, swarm in self.swarms.items():
             swarm.forget(self.name(node))
+            for flow in [f for f in self.flows if f.reader == reader and f.source == node]:
+                self.flows.remove(flow)
+                swarm.given_up(self.name(node), flow.shard, SHARD - flow.told)
 
     def _announce(self, node: int) -> None:
         swarm = self.swarms[node]
@@ -134,23 +177,54 @@ class Simulation:
         if node not in self.dead:
             self.views[node] = view
             for other in self.started - self.dead:
-                self.swarms[other].see(view)
+                self.swarms[other].see(view, self.now * self.unit)
 
     def _ask_all(self) -> None:
         for node in self.started - self.dead - self.finished.keys():
             if self.now < self.starts.get(node, 0.0) + self.settle:
                 continue
             swarm, changed = self.swarms[node], False
-            for name in sorted(swarm.sources, key=swarm.load):
+            swarm.look(self.now * self.unit)
+            for name in swarm.by_promise():
                 while (shard := swarm.choose(name, self.now * self.unit)) is not None:
+                    if swarm.under_way[shard] and self._racing(node):
+                        self._take_away(node, shard)
+                        break
                     swarm.begin(name, shard, self.now * self.unit)
                     changed = True
-                    if self.number(name) in self.dead:
+                    if self.number(name) in self.dead or self._kind(self.number(name)) == "dead":
                         swarm.failed(name, [shard], SHARD, self.now * self.unit)
                         break
                     self.flows.append(Flow(node, self.number(name), shard))
             if changed:
                 self._announce(node)
+
+    def _kind(self, node: int) -> str:
+        return self.others[node].kind if node in self.others else "good"
+
+    def _racing(self, node: int) -> bool:
+        shards = [f.shard for f in self.flows if f.reader == node]
+        return len({*shards}) < len(shards)
+
+    def _take_away(self, node: int, shard: int) -> None:
+        """As `Pull` does where a shard that comes slowly cannot be raced."""
+        for flow in [f for f in self.flows if f.reader == node and f.shard == shard]:
+            self.flows.remove(flow)
+            left = SHARD - flow.told
+            self.swarms[node].overtaken(self.name(flow.source), shard, left, self.now * self.unit)
+
+    def _give_up_waiting(self) -> None:
+        """A source that gives nothing for long counts as gone, and for longer the next time."""
+        for pair in {(f.reader, f.source) for f in self.flows if self._kind(f.source) == "silent"}:
+            reader, node = pair
+            swarm, name = self.swarms[reader], self.name(node)
+            silence = self.silence.get(pair, SILENCE[0])
+            if self.now * self.unit - swarm.sources[name].heard > silence:
+                self.silence[pair] = min(2 * silence, SILENCE[1])
+                mine = [f for f in self.flows if (f.reader, f.source) == pair]
+                self.flows = [f for f in self.flows if f not in mine]
+                left = sum(SHARD - f.told for f in mine)
+                swarm.failed(name, [f.shard for f in mine], left, self.now * self.unit)
 
     def _progress(self, flow: Flow) -> None:
         """A part of the shard has come."""
@@ -166,17 +240,25 @@ class Simulation:
         self.flows.remove(flow)
         swarm, name = self.swarms[flow.reader], self.name(flow.source)
         swarm.received(name, SHARD - flow.told, self.now * self.unit)
-        swarm.verified(name, flow.shard)
         self.sent[flow.source] += 1
+        kind = self._kind(flow.source)
+        if kind == "wrong" or (kind == "mixed" and flow.shard % 2):
+            self.wasted += 1
+            swarm.wrong(name, flow.shard, self.now * self.unit)
+            return
+        swarm.verified(name, flow.shard, self.now * self.unit)
         if not swarm.sources[name].local:
             at = swarm.host, flow.shard
             self.over_wire[at] = self.over_wire.get(at, 0) + 1
         for other in [f for f in self.flows if f.reader == flow.reader and f.shard == flow.shard]:
             self.flows.remove(other)
-            swarm.given_up(self.name(other.source), other.shard, SHARD - other.told)
+            swarm.overtaken(self.name(other.source), other.shard, SHARD - other.told, self.now * self.unit)
         self._announce(flow.reader)
         if swarm.done:
             self.finished.setdefault(flow.reader, self.now)
+
+    def _speed(self, node: int) -> float:
+        return {"silent": 0.0, "drip": 0.001}.get(self._kind(node), 1.0)
 
     def _share(self) -> None:
         """Max-min fair rates; a source serves the shards of one reader one after the other."""
@@ -187,10 +269,10 @@ class Simulation:
         open_ = [f for f in heads.values() if not self.swarms[f.reader].sources[self.name(f.source)].local]
         for flow in heads.values():
             if flow not in open_:
-                flow.rate = 20.0
+                flow.rate = 20.0 * self._speed(flow.source)
         room: dict[tuple[str, int], float] = {}
         for flow in open_:
-            room[("up", flow.source)] = self.slow.get(flow.source, 1.0)
+            room[("up", flow.source)] = self.slow.get(flow.source, 1.0) * self._speed(flow.source)
             room[("down", flow.reader)] = 1.0
         while open_:
             users: dict[tuple[str, int], int] = {}
