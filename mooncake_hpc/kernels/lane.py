@@ -90,6 +90,15 @@ PLACEHOLDER_SLICE = PLACEHOLDER_PENDING + 8
 PLACEHOLDER_WORDS = PLACEHOLDER_SLICE // 8 + SLICE // 8
 ENDLESS = 1 << 62  # slices of a placeholder: it is never done, and wakes nobody
 
+# --- route block: how slices for one way to a peer are cut
+ROUTE_TABLES = 0  # readable, writable
+ROUTE_LIMIT = 16  # largest slice
+ROUTE_FENCE = 24  # address of a byte for version 1's fences: a READ that follows the last WRITE; 0: none needed
+ROUTE_LANE = 32  # the lane, where there is one alone, else 0
+ROUTE_TAIL = 40  # a rest of at most this many bytes is taken into the slice before it
+ROUTE_BORDERS = 48  # address of tables of ours, readable and writable, whose borders no slice crosses; 0: none
+ROUTE_WORDS = 8
+
 # --- failure codes of a slice, negative as bytes
 REJECTED, LOST, TIMED_OUT, CANCELLED, MALFORMED = -1, -2, -3, -4, -5
 STRANGER = -6  # the peer and we do not prove to each other that we know a common secret

@@ -25,6 +25,12 @@ from mooncake_hpc.kernels.lane import (
     REMOTE,
     REQUESTS,
     ROOM,
+    ROUTE_BORDERS,
+    ROUTE_FENCE,
+    ROUTE_LANE,
+    ROUTE_LIMIT,
+    ROUTE_TABLES,
+    ROUTE_TAIL,
     SLICE,
     SLICES,
     STARTED,
@@ -41,15 +47,6 @@ from mooncake_hpc.kernels.ranges import covered, room, wraps
 
 BAD_OPCODE, BAD_LENGTH, LOCAL_UNREGISTERED, REMOTE_UNREGISTERED, NO_ROOM = 1, 2, 3, 4, 5
 REASONS = 8
-
-# --- words of a route block
-ROUTE_TABLES = 0  # readable, writable
-ROUTE_LIMIT = 16  # largest slice
-ROUTE_FENCE = 24  # address of a byte for version 1's fences: a READ that follows the last WRITE; 0: none needed
-ROUTE_LANE = 32  # the lane, where there is one alone, else 0
-ROUTE_TAIL = 40  # a rest of at most this many bytes is taken into the slice before it
-ROUTE_BORDERS = 48  # address of tables of ours, readable and writable, whose borders no slice crosses; 0: none
-ROUTE_WORDS = 8
 
 # --- words of an engine's block
 LOCAL_TABLES = 0  # readable, writable

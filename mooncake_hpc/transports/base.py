@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from mooncake_hpc.authentication import Expected
 from mooncake_hpc.interrupt import Interrupt
-from mooncake_hpc.kernels import ranges, slicer
+from mooncake_hpc.kernels import lane as layout
+from mooncake_hpc.kernels import ranges
 from mooncake_hpc.memory import MemoryFile
 from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
 from mooncake_hpc.transports.lane import Lane
@@ -99,11 +100,11 @@ class Route(ABC):
     def __init__(self, lanes: list[Lane], tables: RangePair, slice_limit: int = WHOLE, fence_byte: int = 0) -> None:
         """`fence_byte` is the address of a scratch byte for protocol version 1, see `kernels.slicer`."""
         self.lanes = lanes
-        self._block = np.zeros(slicer.ROUTE_WORDS, np.int64)
+        self._block = np.zeros(layout.ROUTE_WORDS, np.int64)
         self.address = int(self._block.ctypes.data)
-        self._block[slicer.ROUTE_LIMIT // 8] = slice_limit
-        self._block[slicer.ROUTE_FENCE // 8] = fence_byte
-        self._block[slicer.ROUTE_LANE // 8] = lanes[0].address if len(lanes) == 1 else 0
+        self._block[layout.ROUTE_LIMIT // 8] = slice_limit
+        self._block[layout.ROUTE_FENCE // 8] = fence_byte
+        self._block[layout.ROUTE_LANE // 8] = lanes[0].address if len(lanes) == 1 else 0
         self._set_tables(tables)
 
     def _set_tables(self, tables: RangePair) -> None:

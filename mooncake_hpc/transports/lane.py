@@ -10,7 +10,6 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +19,6 @@ from mooncake_hpc.kernels import digesting, leader
 from mooncake_hpc.kernels import lane as layout
 from mooncake_hpc.kernels.compiled import Entry
 from mooncake_hpc.trouble import Trouble
-
-if TYPE_CHECKING:
-    from mooncake_hpc.batch import Batch
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +84,7 @@ class Lane(ABC):
         self._set(layout.SPIN, spin_time())
         self._set(layout.PATIENCE, int(patience * 1e9))
         self._lock = threading.Lock()
-        self._queued: deque[tuple[int, Batch]] = deque()
+        self._queued: deque[tuple[int, object]] = deque()
         self._thread = threading.Thread(target=self._run, name=f"mooncake-{name}", daemon=True)
 
     @property
@@ -106,7 +102,7 @@ class Lane(ABC):
         """The number of the last entry queued so far."""
         return self._get(layout.TAIL)
 
-    def keep(self, number: int, batch: Batch) -> None:
+    def keep(self, number: int, batch: object) -> None:
         """Hold a queued batch until its entry has left the queue, and `drop_done` or `keep` is called."""
         self.drop_done()
         self._queued.append((number, batch))
@@ -123,7 +119,7 @@ class Lane(ABC):
                 queued.appendleft(first)
                 break
 
-    def push(self, batch: Batch, address: int, slices: int, count: int, deadline: float) -> None:
+    def push(self, batch: object, address: int, slices: int, count: int, deadline: float) -> None:
         """Queue an entry of the batch at `address`; waits for room until `deadline` (time.monotonic()).
 
         Raises TransferTimeout, PeerLost when closed.

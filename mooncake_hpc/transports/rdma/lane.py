@@ -12,7 +12,7 @@ import numpy as np
 
 from mooncake_hpc.errors import AuthenticationError, DeviceError, MooncakeError, PeerLost
 from mooncake_hpc.kernels import lane as layout
-from mooncake_hpc.kernels import rails, rdma_post, slicer
+from mooncake_hpc.kernels import rails, rdma_post
 from mooncake_hpc.kernels import rdma as native
 from mooncake_hpc.kernels import verbs as verbs_layout
 from mooncake_hpc.segment import SegmentDescriptor
@@ -347,8 +347,8 @@ class RdmaRoute(Route):
         self.lane = lane
         limit = min(settings.rdma.slice_size, lane.max_message // 2)  # with its tail a slice is at most twice as long
         super().__init__([lane], keys, limit)
-        self._block[slicer.ROUTE_TAIL // 8] = limit // settings.rdma.fragment_ratio
-        self._block[slicer.ROUTE_BORDERS // 8] = regions.tables.address
+        self._block[layout.ROUTE_TAIL // 8] = limit // settings.rdma.fragment_ratio
+        self._block[layout.ROUTE_BORDERS // 8] = regions.tables.address
 
     def update(self, descriptor: SegmentDescriptor) -> None:
         old = self._keys.fill(remote_rows(descriptor))
