@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +12,11 @@ import fake_fabric
 import numpy as np
 import pytest
 
-from mooncake_hpc import READ, WRITE, TransferEngine
-from mooncake_hpc.errors import AuthenticationError, NameInUse, PeerLost
+from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
+from mooncake_hpc.errors import AuthenticationError, NameInUse, PeerLost, TransferTimeout
 from mooncake_hpc.p2p import P2PStore
 from mooncake_hpc.settings import RdmaSettings, Settings
+from mooncake_hpc.testing.peer import PeerProcess, pattern
 
 SECRETS = {"right": "the secret of these tests", "wrong": "the secret of other tests"}
 SIZE = 100_000
@@ -108,6 +110,30 @@ def test_version_1_of_the_data_protocol_tells_it_too(files: dict[str, str], opco
         call = here.read if opcode == READ else here.write
         with pytest.raises(AuthenticationError, match="this process has no secret"):
             call(ours, segment, theirs.ctypes.data)
+
+
+def test_deadlines_hold_while_a_stopped_peer_proves_nothing(files: dict[str, str]) -> None:
+    env = {**os.environ, "MOONCAKE_HPC_SECRET_FILE": files["right"]}
+    with PeerProcess("P2PHANDSHAKE", "tcp", env=env) as peer:
+        with engine("here:1", "P2PHANDSHAKE", "tcp", settings(files["right"])) as here:
+            theirs, ours = peer.call("allocate", SIZE, 3), here.allocate(SIZE)
+            segment = here.open_segment(peer.name)
+            peer.suspend()
+            began = time.monotonic()
+            with pytest.raises(TransferTimeout):
+                here.read(ours, segment, theirs, timeout=0.5)
+            assert time.monotonic() - began < 1.0
+            peer.resume()
+            here.read(ours, segment, theirs)
+            assert (ours == pattern(3, SIZE)).all()
+            peer.suspend()
+            for lane in segment.routes[0].lanes:
+                lane.interrupt()
+            batch = here.submit(np.array([(READ, segment.id, ours.ctypes.data, theirs, SIZE)], REQUEST))
+            batch.join(0.3)
+            began = time.monotonic()
+        assert time.monotonic() - began < 1.5 and batch.done
+        peer.resume()
 
 
 @pytest.mark.parametrize(("theirs", "ours", "text"), PAIRS)

@@ -317,6 +317,9 @@ def _connect(host: str, port: int, settings: Settings, expected: Expected, inter
                     set_options(connection)
                     find_vanished(connection, settings.tcp_progress_timeout)
                     return connection
+        except TimeoutError as error:
+            connection.close()
+            raise TimeoutError(errno.ETIMEDOUT, f"data port {where} does not prove who it is in time") from error
         except BaseException:
             connection.close()
             raise
