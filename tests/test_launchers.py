@@ -244,7 +244,13 @@ PLACE = """
 from mpi4py import MPI
 import os, socket
 size, cores = MPI.COMM_WORLD.Get_size(), len(os.sched_getaffinity(0))
-words = size, socket.gethostname(), cores, os.environ["MOONCAKE_HPC_LEASE_TTL"]
+shown = 0  # command lines of the launcher and its helpers that show the password
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    try:
+        shown += os.environb[b"MOONCAKE_HPC_ETCD_PASSWORD"] in open(f"/proc/{pid}/cmdline", "rb").read()
+    except OSError:
+        pass
+words = size, socket.gethostname(), cores, os.environ["MOONCAKE_HPC_LEASE_TTL"], shown
 os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # in one piece: ranks share the pipe
 """
 
@@ -254,16 +260,17 @@ def test_a_host_file_for_real(three_hosts: tuple[list[str], Path], python: str) 
     on_h0, file = three_hosts
     launch = [python, "-m", "mooncake_hpc", "launch", f"--hostfile={file}", "--bind=any"]
     shell = f"--remote_shell={ROOT}/launch/virtual-shell"
+    variables = {"MOONCAKE_HPC_LEASE_TTL": "7", "MOONCAKE_HPC_ETCD_PASSWORD": "marker 'x\"5"}
     result = subprocess.run(
         [*on_h0, *launch, shell, "--", python, "-c", PLACE],
-        env=clean_env(MOONCAKE_HPC_LEASE_TTL="7", VIRTUAL_HOSTS=os.environ["VIRTUAL_HOSTS"]),
+        env=clean_env(**variables, VIRTUAL_HOSTS=os.environ["VIRTUAL_HOSTS"]),
         capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert result.returncode == 0, result
     cores = len(os.sched_getaffinity(0))
     both = max(1, cores // 2) if cores > 1 else cores
     lines = sorted(result.stdout.split("\n"))[1:]
-    assert lines == [f"4 h0 {both} 7", f"4 h0 {both} 7", f"4 h1 {cores} 7", f"4 h2 {cores} 7"], result
+    assert lines == [f"4 h0 {both} 7 0", f"4 h0 {both} 7 0", f"4 h1 {cores} 7 0", f"4 h2 {cores} 7 0"], result
 
 
 @pytest.mark.slow
