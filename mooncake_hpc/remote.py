@@ -102,7 +102,9 @@ class Segment:
             except Interrupted as error:
                 raise PeerLost(f"segment {self.name!r} is closed") from error
             except SegmentNotFound as error:
-                raise PeerLost(f"segment {self.name!r} is gone: {error}") from error
+                if not self._lives_unpublished():
+                    raise PeerLost(f"segment {self.name!r} is gone: {error}") from error
+                return self._descriptor
             except MetadataUnavailable:
                 self._probe_same()
                 return self._descriptor
@@ -136,6 +138,8 @@ class Segment:
             return self._directory.lookup(self.name).generation != self._descriptor.generation
         except MetadataUnavailable:
             return False
+        except SegmentNotFound:
+            return not self._lives_unpublished()
         except MetadataError:
             return True
 
@@ -169,6 +173,17 @@ class Segment:
         self.stop(cause)
         for route in self.routes:
             route.close(cause)
+
+    def _lives_unpublished(self) -> bool:
+        """Whether the process of a name that nobody publishes is the same as before. Its keys come back: etcd before
+        3.4.30 and 3.5.13 may revoke living leases when a leader that was stopped goes on (its issue 15247)."""
+        if self._directory.peer_to_peer:
+            return False
+        try:
+            self._probe_same()
+        except PeerLost:
+            return False
+        return True
 
     def _probe_same(self) -> None:
         """Without a metadata store, the peer itself says whether it is the same process."""

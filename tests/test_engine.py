@@ -17,8 +17,16 @@ import numpy as np
 import pytest
 
 from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
-from mooncake_hpc.errors import ConfigError, MooncakeError, PeerLost, RegistrationError, TransferTimeout
+from mooncake_hpc.errors import (
+    ConfigError,
+    MooncakeError,
+    PeerLost,
+    RegistrationError,
+    SegmentNotFound,
+    TransferTimeout,
+)
 from mooncake_hpc.memory import describe
+from mooncake_hpc.metadata import open_store
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.testing.link import Link, linked
 from mooncake_hpc.testing.peer import digest, pattern
@@ -162,3 +170,24 @@ def test_both_ports_are_bound_to_the_published_address_only(bind_all: bool, expe
     settings = Settings(tcp_bind_address="127.0.0.7")
     with TransferEngine("bound:1", "memory://bound", protocol="tcp", bind_all=bind_all, settings=settings):
         assert listening() - before == {expected}
+
+
+def test_a_peer_that_lives_is_kept_while_its_keys_are_gone() -> None:
+    """Etcd may lose them for a moment; a process that has ended is told from that by asking it."""
+    with open_store("memory://unpublished") as store:
+        options: dict[str, Any] = {"protocol": "tcp", "bind_address": "127.0.0.1"}
+        with TransferEngine("ours:1", store, **options) as ours:
+            with TransferEngine("theirs:1", "memory://unpublished", **options) as theirs:
+                local, remote = ours.allocate(4096), theirs.allocate(4096)
+                remote[:] = 7
+                segment = ours.open_segment("theirs:1")
+                for key in ("mooncake/ram/theirs:1", "mooncake/rpc_meta/theirs:1"):
+                    store._space.entries.pop(key)  # type: ignore[attr-defined]
+                assert ours.open_segment("theirs:1") is segment
+                assert segment.refresh().generation == theirs.generation
+                ours.read(local, segment, int(remote.ctypes.data))
+                assert (local == 7).all()
+            with pytest.raises(SegmentNotFound):
+                ours.open_segment("theirs:1")
+            with pytest.raises(PeerLost, match="is gone"):
+                segment.refresh()

@@ -121,6 +121,11 @@ class Directory:
         with self._lock:
             return self._published if self._store is None and self._published else dumps(None)
 
+    @property
+    def peer_to_peer(self) -> bool:
+        """Whether there is no store: segments answer for themselves."""
+        return self._store is None
+
     def lookup(self, name: str) -> SegmentDescriptor:
         """The present descriptor of a segment, never from a cache.
 

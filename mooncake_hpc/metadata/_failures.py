@@ -54,4 +54,9 @@ def failure_of(error: Any) -> Failure:
         kind = Kind.UNAVAILABLE
     if "user name is empty" in details:
         text += " (this etcd wants a user: set MOONCAKE_HPC_ETCD_USER and MOONCAKE_HPC_ETCD_PASSWORD)"
+    if "space exceeded" in details:
+        text += (
+            " (its database is full and takes no new keys: compact and defragment it, then `etcdctl alarm disarm`; or "
+            "start it with a larger --quota-backend-bytes)"
+        )
     return Failure(kind, text)
