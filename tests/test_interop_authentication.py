@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from interop import VERSIONS, Peer
+from interop import NEWEST, OUR_BENCH, VERSIONS, Peer, bench_target, peer_bench, peer_env
+from test_interop_bench import our_name, published, unused_name
 
 from mooncake_hpc import TransferEngine
 from mooncake_hpc.authentication import Authentication, Reason, Secret
@@ -71,6 +73,40 @@ def test_mooncake_is_served_and_read_at_an_allowed_address(peer: Peer, secret_fi
         assert ours.probe(peer.name)
         ours.notify(segment, "ours", "text")
         assert peer.call("get_notifies") == [["ours", "text"]]
+
+
+@pytest.mark.parametrize(("allowed", "code"), [((), 1), (("--allow_unauthenticated=127.0.0.0/8",), 0)])
+def test_mooncakes_bench_at_a_target_with_a_secret(
+    etcd: str, secret_file: str, allowed: tuple[str, ...], code: int
+) -> None:
+    name = unused_name()
+    where = (f"--metadata_server={etcd}", f"--secret_file={secret_file}", *allowed)
+    room = ("--block_size=65536", "--batch_size=8", "--threads=1", f"--buffer_size={16 << 20}")
+    with bench_target(OUR_BENCH, *where, *room, f"--local_server_name={name}", ready=our_name):
+        initiator = [*peer_bench(NEWEST), "--mode=initiator", "--protocol=tcp", f"--metadata_server={etcd}", *room]
+        done = subprocess.run(
+            [*initiator, f"--local_server_name={unused_name()}", f"--segment_id={name}", "--duration=1"],
+            env=peer_env(), timeout=60, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    assert done.returncode == code and ("FAILED" in done.stdout) == bool(code), done.stdout[-2000:]
+
+
+def test_our_bench_at_mooncakes_target(etcd: str, secret_file: str) -> None:
+    name = unused_name()
+    room = ("--block_size=65536", "--batch_size=8", "--threads=1", f"--buffer_size={64 << 20}")
+    with bench_target(
+        peer_bench(NEWEST), f"--metadata_server={etcd}", f"--local_server_name={name}", *room,
+        ready=lambda _: published(etcd, name),
+    ):  # fmt: skip
+        for allowed, code in (("127.0.0.1", 0), ("10.0.0.1", 1)):
+            words = (f"--secret_file={secret_file}", f"--allow_unauthenticated={allowed}", f"--segment_id={name}")
+            done = subprocess.run(
+                [*OUR_BENCH, "--mode=initiator", "--protocol=tcp", f"--metadata_server={etcd}", *room, *words,
+                 f"--local_server_name={unused_name()}", "--duration=0.3"],
+                env=peer_env(), timeout=60, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            assert done.returncode == code, done.stdout[-2000:]
+            assert ("does not authenticate itself" in done.stdout) == bool(code), done.stdout[-2000:]
 
 
 def test_what_begins_an_exchange_does_no_harm_to_mooncake(peer: Peer) -> None:
