@@ -14,7 +14,14 @@ from mooncake_hpc.authentication import Authentication, Expected
 from mooncake_hpc.control import client
 from mooncake_hpc.control.directory import Directory
 from mooncake_hpc.control.frames import Kind
-from mooncake_hpc.errors import AuthenticationError, MetadataError, MetadataUnavailable, PeerLost, SegmentNotFound
+from mooncake_hpc.errors import (
+    AuthenticationError,
+    MalformedRecord,
+    MetadataError,
+    MetadataUnavailable,
+    PeerLost,
+    SegmentNotFound,
+)
 from mooncake_hpc.interrupt import Interrupt, Interrupted
 from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
 from mooncake_hpc.settings import Settings
@@ -105,7 +112,7 @@ class Segment:
                 if not self._lives_unpublished():
                     raise PeerLost(f"segment {self.name!r} is gone: {error}") from error
                 return self._descriptor
-            except MetadataUnavailable:
+            except (MetadataUnavailable, MalformedRecord):  # whatever stands there now, it is not what the peer wrote
                 self._probe_same()
                 return self._descriptor
             if newest.generation != self._descriptor.generation:
@@ -140,8 +147,18 @@ class Segment:
             return False
         except SegmentNotFound:
             return not self._lives_unpublished()
+        except MalformedRecord:  # the peer has not written that
+            return not self._answers()
         except MetadataError:
             return True
+
+    def _answers(self) -> bool:
+        """Whether the peer says that it is the same process."""
+        try:
+            self._probe_same()
+        except PeerLost:
+            return False
+        return True
 
     def notify(self, sender: str, text: str) -> None:
         """Hand it a text. Raises PeerLost, TransferError."""
@@ -177,13 +194,7 @@ class Segment:
     def _lives_unpublished(self) -> bool:
         """Whether the process of a name that nobody publishes is the same as before. Its keys come back: etcd before
         3.4.30 and 3.5.13 may revoke living leases when a leader that was stopped goes on (its issue 15247)."""
-        if self._directory.peer_to_peer:
-            return False
-        try:
-            self._probe_same()
-        except PeerLost:
-            return False
-        return True
+        return not self._directory.peer_to_peer and self._answers()
 
     def _probe_same(self) -> None:
         """Without a metadata store, the peer itself says whether it is the same process."""

@@ -167,7 +167,7 @@ class _Target:
             try:
                 for fd, at, view in self._extents(begin, end, self._of(begin, end)):
                     _write(fd, view, at)
-            except (OSError, P2PError) as error:
+            except Exception as error:  # `finish` must know of it, whatever it is
                 self._error = error
                 if self._stop is not None:
                     self._stop.set()
