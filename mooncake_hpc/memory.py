@@ -20,13 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mooncake_hpc.errors import RegistrationError
+from mooncake_hpc.tensors import check_plain, expose, type_name
 
 Bytes = npt.NDArray[np.uint8]
 
 SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _serials = itertools.count(1)
 _open: weakref.WeakValueDictionary[int, MemoryFile] = weakref.WeakValueDictionary()
-HOST_DEVICES = {1: "CPU", 3: "CUDA pinned host", 11: "ROCm pinned host"}  # DLDeviceType in dlpack.h
 
 
 class MemoryFile:
@@ -160,62 +160,18 @@ class MemoryView:
 
 
 def describe(obj: object) -> MemoryView:
-    """The bytes of anything with the buffer protocol, `__array_interface__`, or `__dlpack__` in host memory.
+    """The bytes of anything with the buffer protocol, `__array_interface__`, or `__dlpack__` in host memory, and of
+    every dense tensor of torch's there, whatever its dtype.
 
     Raises RegistrationError when there are none, or they are not C-contiguous, or lie on a device, or hold
     Python objects.
     """
-    owner, array, readonly = _as_array(obj)
-    what = f"{type(obj).__module__}.{type(obj).__qualname__}"
-    if array.nbytes == 0:
-        raise RegistrationError(f"{what} is empty: there is nothing to register")
-    if array.dtype.hasobject:
-        raise RegistrationError(f"{what} holds Python objects: register arrays of plain numbers")
-    if not array.flags.c_contiguous:
-        raise RegistrationError(
-            f"{what} of shape {array.shape} is not C-contiguous: register the array that it is a view of, "
-            "or a contiguous copy (numpy.ascontiguousarray, tensor.contiguous())"
-        )
-    return MemoryView(int(array.ctypes.data), array.nbytes, readonly, owner)
-
-
-def _as_array(obj: Any) -> tuple[object, npt.NDArray[Any], bool]:
-    """What keeps the bytes of `obj` alive and in place, an array over them and if they are read-only."""
+    owner: object
     if isinstance(obj, np.ndarray):
-        return obj, obj, not obj.flags.writeable
-    try:
-        view = memoryview(obj)  # while it is held, a bytearray refuses to be resized and an mmap to be closed
-    except TypeError:
-        pass
+        owner, array, readonly = obj, obj, not obj.flags.writeable
     else:
-        return view, np.asarray(view), view.readonly
-    if hasattr(obj, "__array_interface__"):
-        array = np.asarray(obj)
-        return (obj, array), array, not array.flags.writeable
-    if hasattr(obj, "__dlpack__"):
-        array = _from_dlpack(obj)
-        return (obj, array), array, _tells_readonly(obj) and not array.flags.writeable
-    hint = "; it lies on a GPU: copy it to host memory" if hasattr(obj, "__cuda_array_interface__") else ""
-    raise RegistrationError(f"{type(obj)!r} has none of the buffer protocol, __array_interface__ and __dlpack__{hint}")
-
-
-def _from_dlpack(obj: Any) -> npt.NDArray[Any]:
-    kind, number = obj.__dlpack_device__()
-    if int(kind) not in HOST_DEVICES:
-        raise RegistrationError(
-            f"{type(obj)!r} lies on DLPack device ({int(kind)}, {number}), not in host memory: copy it"
-        )
-    try:
-        return np.from_dlpack(obj)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise RegistrationError(
-            f"{type(obj)!r} cannot be exported: {error}; for a tensor try .detach() and .view(torch.uint8)"
-        ) from error
-
-
-def _tells_readonly(obj: Any) -> bool:
-    """Whether `obj` speaks DLPack 1.0, which has a read-only flag. Older ones all look read-only."""
-    try:
-        return "dltensor_versioned" in repr(obj.__dlpack__(max_version=(1, 0)))
-    except TypeError:
-        return False
+        array, owner, readonly, _, _ = expose(obj)
+    if array.nbytes == 0:
+        raise RegistrationError(f"{type_name(obj)} is empty: there is nothing to register")
+    check_plain(array, type_name(obj))
+    return MemoryView(int(array.ctypes.data), array.nbytes, readonly, owner)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import operator
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from mooncake_hpc.errors import RegistrationError, SizeMismatch
-from mooncake_hpc.memory import describe
+from mooncake_hpc.errors import ConfigError, RegistrationError, SizeMismatch
 from mooncake_hpc.p2p.digests import HASHED_AT_ONCE, hashers
 from mooncake_hpc.p2p.layout import Bytes, Memory
 from mooncake_hpc.p2p.manifest import BUFFERS, TENSORS, Part
+from mooncake_hpc.tensors import check_plain, expose, type_name
 
 
 def digest_all(memory: Memory, shard_size: int, algorithm: str) -> bytes:
@@ -34,42 +34,55 @@ def digest_all(memory: Memory, shard_size: int, algorithm: str) -> bytes:
 
 
 def take_apart(data: object) -> tuple[list[Any], str, tuple[Part, ...]]:
-    """Buffers, kind and names of what was given."""
+    """Buffers, kind and names of what was given. Raises ConfigError, RegistrationError."""
     if isinstance(data, Mapping):
-        arrays = {str(name): _named(name, value) for name, value in data.items()}
-        parts = tuple(Part(name, array.dtype.str, array.shape) for name, array in arrays.items())
+        parts = tuple(_part(name, value) for name, value in data.items())
+        name, count = Counter(part.name for part in parts).most_common(1)[0] if parts else ("", 0)
+        if count > 1:
+            raise ConfigError(f"two tensors are named {name!r}")
         return [*data.values()], TENSORS, parts
     if isinstance(data, list | tuple):
         return [*data], BUFFERS, ()
     return [data], BUFFERS, ()
 
 
-def _named(name: object, value: Any) -> npt.NDArray[Any]:
+def _part(name: object, value: Any) -> Part:
     try:
-        return as_array(value)
+        exposed = expose(value)
     except RegistrationError as error:
         raise RegistrationError(f"{name!r}: {error}") from None
-
-
-def as_array(value: Any) -> npt.NDArray[Any]:
-    """An array over a tensor's memory; what numpy has no dtype for (bfloat16) as bytes."""
-    if isinstance(value, np.ndarray):
-        return value
-    view = describe(value)
-    if isinstance(view.owner, tuple):  # (object, array)
-        array: npt.NDArray[Any] = view.owner[1]
-        return array
-    return np.asarray(value)
+    return Part(str(name), exposed.dtype, exposed.shape)
 
 
 def as_bytes(buffer: Any, write: bool = False) -> Bytes:
-    """A one-dimensional array of the buffer's bytes. Raises RegistrationError, SizeMismatch."""
-    array = as_array(buffer) if getattr(buffer, "nbytes", 1) else np.zeros(0, np.uint8)
-    if array.nbytes:
-        describe(array)  # refuses what is not contiguous
-    if write and not array.flags.writeable:
+    """A one-dimensional array of the buffer's bytes, in place. Raises RegistrationError, SizeMismatch."""
+    exposed = expose(buffer)
+    array = exposed.array
+    if not array.nbytes:
+        return np.zeros(0, np.uint8)
+    check_plain(array, type_name(buffer))
+    if write and exposed.readonly:
         raise SizeMismatch("a buffer to receive an object is read-only")
-    return array.reshape(-1).view(np.uint8) if array.nbytes else np.zeros(0, np.uint8)
+    return array.reshape(-1).view(np.uint8)
+
+
+def check_receiver(name: str, part: Part, nbytes: int, buffer: Any) -> None:
+    """Raise SizeMismatch unless the tensor fits the buffer: of the same dtype and shape, or plain bytes of its size."""
+    given = expose(buffer)
+    if given.flat_bytes and given.array.nbytes == nbytes:
+        return
+    dtype = given.dtype if _says_nothing(part.dtype) else part.dtype
+    if (given.dtype, given.shape, given.array.nbytes) != (dtype, part.shape, nbytes):
+        raise SizeMismatch(
+            f"object {name!r}: {part.name!r} is a tensor of dtype {part.dtype!r} and shape {part.shape}, {nbytes} "
+            f"bytes; the buffer given for it has dtype {given.dtype!r} and shape {given.shape}, {given.array.nbytes} "
+            f"bytes. To receive the bytes as they are, give a flat array of {nbytes} uint8"
+        )
+
+
+def _says_nothing(dtype: str) -> bool:
+    """Whether only the size of an element is known: earlier versions wrote that of libraries' dtypes."""
+    return dtype[1:2] == "V"
 
 
 def as_range(given: Any, name: str) -> tuple[int, int]:

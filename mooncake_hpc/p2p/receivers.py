@@ -8,13 +8,14 @@ import numpy as np
 
 from mooncake_hpc.engine import TransferEngine
 from mooncake_hpc.errors import SizeMismatch
-from mooncake_hpc.p2p.buffers import as_bytes, some, take_apart
+from mooncake_hpc.p2p.buffers import as_bytes, check_receiver, some, take_apart
 from mooncake_hpc.p2p.layout import Bytes
 from mooncake_hpc.p2p.manifest import TENSORS, Manifest, by_name
 
 
 def receivers(engine: TransferEngine, manifest: Manifest, out: object) -> tuple[list[object], list[Bytes]]:
-    """The buffers to receive the object, and as bytes. Raises SizeMismatch."""
+    """The buffers to receive the object, and as bytes. Tensors go into buffers of the same dtype and shape, or into
+    plain bytes. Raises SizeMismatch."""
     if out is None:
         if not manifest.size:
             return [], [np.zeros(0, np.uint8) for _ in manifest.sizes]
@@ -26,6 +27,9 @@ def receivers(engine: TransferEngine, manifest: Manifest, out: object) -> tuple[
         buffers = by_name(manifest.parts, out)
     else:
         buffers, _, _ = take_apart(out)
+    if manifest.kind == TENSORS and len(buffers) == len(manifest.parts):
+        for part, nbytes, buffer in zip(manifest.parts, manifest.sizes, buffers, strict=True):
+            check_receiver(manifest.name, part, nbytes, buffer)
     arrays = [as_bytes(buffer, write=True) for buffer in buffers]
     sizes = tuple(array.nbytes for array in arrays)
     if sizes != manifest.sizes:

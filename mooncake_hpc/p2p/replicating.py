@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mooncake_hpc.engine import TransferEngine
 from mooncake_hpc.errors import ConfigError, MetadataUnavailable, ObjectNotFound, ObjectReplaced, TransferCancelled
@@ -24,6 +23,7 @@ from mooncake_hpc.p2p.progress import Progress, Terms
 from mooncake_hpc.p2p.pull import Pull
 from mooncake_hpc.p2p.receivers import range_receiver, receivers
 from mooncake_hpc.p2p.upstream import Checkpoint, Fetch, find
+from mooncake_hpc.tensors import as_numpy, as_torch
 
 LOOK = 1.0  # seconds between two looks for an object of the original's
 
@@ -39,12 +39,20 @@ class Replica:
     arrays: list[Bytes] = field(repr=False)
     progress: Progress
 
-    def tensors(self) -> dict[str, npt.NDArray[Any]]:
-        """The object's tensors by name, as views. ConfigError when it was not registered from a state dict."""
+    def tensors(self, framework: str = "numpy") -> dict[str, Any]:
+        """The object's tensors by name, as views of its memory: arrays, or torch's tensors with `framework="torch"`.
+
+        What numpy has no dtype for (bfloat16, float8) is an array of ml_dtypes' where that is installed, else one of
+        bytes (uint8) with one dimension more; the dtype's name is in `manifest.parts`. ConfigError when the object was
+        not registered from a state dict, or torch has no such dtype.
+        """
         if self.manifest.kind != TENSORS:
             raise ConfigError(f"object {self.manifest.name!r} consists of {self.manifest.kind}, not of tensors")
+        if framework not in ("numpy", "torch"):
+            raise ConfigError(f"framework {framework!r} is none of numpy, torch")
+        view = as_numpy if framework == "numpy" else as_torch
         return {
-            part.name: array.view(np.dtype(part.dtype)).reshape(part.shape)
+            part.name: view(array, part.dtype, part.shape)
             for part, array in zip(self.manifest.parts, self.arrays, strict=True)
         }
 

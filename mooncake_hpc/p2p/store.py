@@ -85,9 +85,9 @@ class P2PStore:
         dict `{name: array or tensor}`. It must not change until `unregister`. `shard_size` in bytes; 0 chooses one.
         `owned` is memory that `allocate` made, to be given back by `unregister`.
 
-        Registering a name that this store holds makes a new version of it. One that somebody else holds is
-        ObjectExists, unless the content is equal (then this store becomes one more holder) or `force`. Raises
-        ConfigError, RegistrationError, MetadataError.
+        Registering a name that this store has registered makes a new version of it. One that somebody else has
+        registered, whether or not a replica is here, is ObjectExists, unless the content is equal (then this store
+        becomes one more holder) or `force`. Raises ConfigError, RegistrationError, MetadataError.
         """
         process.check(self)
         check_name(name, "an object's name")
@@ -100,7 +100,7 @@ class P2PStore:
         held = Held(manifest, arrays, [], True, np.ones(manifest.shards, bool))
         self._holdings.register_memory(held, [b for b, size in zip(buffers, manifest.sizes, strict=True) if size])
         try:
-            manifest = self._publish(manifest, before is not None, force)
+            manifest = self._publish(manifest, before is not None and before.seed, force)
             held.manifest = manifest
             self._holdings.offer(held)
         except BaseException:
@@ -152,7 +152,8 @@ class P2PStore:
         """Bring an object here, verified, and offer it to others while it comes and afterwards.
 
         `out` receives it: what `register` takes, of the object's sizes (a state dict in any order), or None to have
-        memory allocated (which peers of this host can map: the fastest). `timeout` in seconds; `wait` seconds for an
+        memory allocated (which peers of this host can map: the fastest). Tensors must have the dtype and shape that
+        were published, or be flat arrays of bytes (uint8) of their sizes. `timeout` in seconds; `wait` seconds for an
         object that is not there yet. `byte_range` (begin, end) brings only that part, into `out` of that size, and is
         not offered. `have` says which shards are in memory already, `on_shard` is told of each new one. `cancel` ends
         the pull by TransferCancelled.
