@@ -187,7 +187,7 @@ def test_a_peer_that_lives_is_kept_while_its_keys_are_gone() -> None:
                 assert segment.refresh().generation == theirs.generation
                 ours.read(local, segment, int(remote.ctypes.data))
                 assert (local == 7).all()
-            with pytest.raises(SegmentNotFound):
-                ours.open_segment("theirs:1")
             with pytest.raises(PeerLost, match="is gone"):
                 segment.refresh()
+            with pytest.raises(SegmentNotFound):
+                ours.open_segment("theirs:1")
