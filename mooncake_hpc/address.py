@@ -18,6 +18,7 @@ from typing import Any
 
 from mooncake_hpc.errors import ConfigError
 from mooncake_hpc.interrupt import Interrupt, Interrupted
+from mooncake_hpc.limits import REMEDIES
 from mooncake_hpc.process import own, own_listener
 from mooncake_hpc.settings import Settings
 
@@ -190,7 +191,7 @@ def bind_listener(
     on the first free port of `ports`.
 
     Port 0 lets the system choose. `hint` names the flag or variable with which the user chooses the port.
-    Raises ConfigError that names the address when it is not ours or every port is taken.
+    Raises ConfigError that names the address when it is not ours or every port is taken; OSError at a limit.
     """
     try:
         family, _, _, _, target = resolve(host, 0)[0]
@@ -203,6 +204,8 @@ def bind_listener(
         try:
             return _listen(family, (target[0], port, *target[2:]), backlog)
         except OSError as error:
+            if error.errno in REMEDIES:
+                raise
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 advice = "; set MC_TCP_BIND_ADDRESS to an address of this machine" if not bind_all else ""
                 where = join(target[0], port)

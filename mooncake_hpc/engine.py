@@ -266,7 +266,8 @@ class TransferEngine:
     def open_segment(self, name: str) -> Segment:
         """The segment of this name, ready for requests; opened again after its process was replaced.
 
-        Raises SegmentNotFound, MetadataUnavailable, MalformedRecord, PeerLost; ConfigError for what can be no name.
+        Raises SegmentNotFound, MetadataUnavailable, MalformedRecord, PeerLost, LimitError; ConfigError for what can be
+        no name.
         """
         process.check(self)
         with self._lock:
@@ -278,7 +279,12 @@ class TransferEngine:
                     return known
                 known.close(f"the process of segment {name!r} was replaced: open the segment again")
             segment = Segment(len(self._segments), name, self._directory, self._settings, self._authentication)
-            segment.connect(self._transports)
+            try:
+                with limited(f"segment {name!r} cannot be reached"):
+                    segment.connect(self._transports)
+            except BaseException:
+                segment.close("it could not be opened")
+                raise
             self._segments[segment.id] = segment
             self._by_name[name] = segment
             self._submitter.set_segments(list(self._segments.values()))

@@ -87,6 +87,14 @@ class Lane(ABC):
         self._queued: deque[tuple[int, object]] = deque()
         self._thread = threading.Thread(target=self._run, name=f"mooncake-{name}", daemon=True)
 
+    def _launch(self) -> None:
+        """Start the thread. Where there can be no further one, release all that the lane holds."""
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self.close("its thread could not be started")
+            raise
+
     @property
     def pending(self) -> bool:
         """Whether anything is queued."""

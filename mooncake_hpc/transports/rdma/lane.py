@@ -80,7 +80,7 @@ class RdmaLane(Lane):
         self._epoll = select.epoll()
         self._epoll.register(self._doorbell, select.EPOLLIN)
         self._set(rails.EPOLL, self._epoll.fileno())
-        self._thread.start()
+        self._launch()
 
     # --- what others call -----------------------------------------------------------------------------------
 

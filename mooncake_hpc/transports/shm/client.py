@@ -80,7 +80,7 @@ class ShmLane(Lane):
         self._page_words = self._page.array.view(np.int64)
         self._install()
         layout.go_up(self.address)
-        self._thread.start()
+        self._launch()
 
     def sync(self) -> None:
         """Ask for the peer's present registrations. Raises PeerLost."""

@@ -87,7 +87,7 @@ class TcpLane(Lane):
         self._set(tcp_lists.STATUSES, base + 32 * LIST + 24 * tcp_lists.WINDOW)
         self.version = 2 if settings.tcp_proto == 2 and peer.descriptor.tcp_proto_version >= 2 else 1
         self._set(tcp_lists.VERSION, self.version)
-        self._thread.start()
+        self._launch()
 
     def interrupt(self) -> None:
         if self._peer.descriptor.generation:
@@ -281,13 +281,16 @@ class TcpRoute(Route):
     def __init__(self, peer: Peer, settings: Settings) -> None:
         count = settings.tcp_lanes_per_peer or max(1, min(4, len(os.sched_getaffinity(0)) // 2))
         unfenced = Unfenced()
-        first = TcpLane(f"tcp/{peer.name}/0", peer, settings, unfenced)
+        lanes = [TcpLane(f"tcp/{peer.name}/0", peer, settings, unfenced)]
         self._scratch = np.zeros(1, np.int64)
-        if first.version == 1:
-            fence_byte, lanes = int(self._scratch.ctypes.data), [first]
-        else:
-            fence_byte = 0
-            lanes = [first, *[TcpLane(f"tcp/{peer.name}/{n}", peer, settings, unfenced) for n in range(1, count)]]
+        fence_byte = int(self._scratch.ctypes.data) if lanes[0].version == 1 else 0
+        try:
+            while lanes[0].version == 2 and len(lanes) < count:
+                lanes.append(TcpLane(f"tcp/{peer.name}/{len(lanes)}", peer, settings, unfenced))
+        except BaseException:
+            for lane in lanes:
+                lane.close("another connection of the same peer could not be made")
+            raise
         super().__init__(list(lanes), _tables(peer.descriptor), WHOLE if len(lanes) == 1 else CUT, fence_byte)
 
     def update(self, descriptor: SegmentDescriptor) -> None:
