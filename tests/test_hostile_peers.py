@@ -116,7 +116,7 @@ def handing_over(reply: Any, sizes: list[int], seals: int = SIZE_SEALS) -> Itera
                 return
             fds = [memory_file(size, seals) for size in sizes]
             with client, contextlib.suppress(OSError):
-                client.settimeout(5)
+                client.settimeout(1)
                 handoff.receive(client, handoff.read_request)
                 handoff.send(client, reply, fds)
                 client.recv(1)
