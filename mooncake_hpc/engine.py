@@ -31,6 +31,7 @@ from mooncake_hpc.kernels.compiled import compile_ahead
 from mooncake_hpc.limits import limited
 from mooncake_hpc.memory import MemoryFile, describe
 from mooncake_hpc.metadata.base import MetadataStore
+from mooncake_hpc.names import check_text
 from mooncake_hpc.registrations import Registrations, describe_all, published, release, take_out
 from mooncake_hpc.remote import Segment
 from mooncake_hpc.request import READ, REQUEST, WRITE, Requests
@@ -229,6 +230,8 @@ class TransferEngine:
         with self._lock:
             if self._closed:
                 raise RegistrationError(f"engine {self.name!r} is closed")
+            for location in {registration.location for registration in registrations}:
+                check_text(location, "a location")  # a peer would refuse all that we publish
             before, after = self._registrations, (*self._registrations, *registrations)
             self._adopt(after)
             try:

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from mooncake_hpc import TransferEngine
-from mooncake_hpc.errors import MalformedRecord, MooncakeError, NameInUse, PeerLost
+from mooncake_hpc.errors import ConfigError, MalformedRecord, MooncakeError, NameInUse, PeerLost
 from mooncake_hpc.memory import SIZE_SEALS
 from mooncake_hpc.metadata.memory import MemoryStore
+from mooncake_hpc.metadata.store import open_store
 from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.transports.shm import handoff
@@ -189,3 +190,24 @@ def test_the_json_of_the_hand_over_is_as_ever() -> None:
     reply = handoff.read_reply(text, "it")
     assert (reply.version, reply.page, reply.new) == (0, True, (1,))
     assert handoff.read_request('{"have": [1, 2]}', "it").have == (1, 2)
+
+
+@pytest.mark.parametrize("location", ["a\0", "\udcff", "x" * 600])
+def test_a_location_that_peers_would_refuse(location: str, request: pytest.FixtureRequest) -> None:
+    with engines(request.node.name) as (good, here, _):
+        for register in (good.register, good.allocate):
+            with pytest.raises(ConfigError, match="a location"):
+                register(100 if register == good.allocate else np.zeros(10, np.uint8), location)  # type: ignore[operator]
+        assert here.open_segment("good:1").buffers == ()
+
+
+def test_etcd_is_told_texts_only(etcd: str) -> None:
+    with open_store(etcd, SETTINGS) as store:
+        for call in (store.get, store.list, lambda key: store.publish(key, "x")):
+            with pytest.raises(ConfigError, match="surrogates"):
+                call("odd/\ud800")
+        for put in (store.publish, store.create):
+            with pytest.raises(ConfigError, match="surrogates"):
+                put("odd/a", "\ud800")
+        store.publish("odd/a", "fine")
+        assert store.list("odd/") == {"odd/a": "fine"}

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Self, TypeVar
 
 from mooncake_hpc import process
-from mooncake_hpc.errors import MetadataError, MetadataUnavailable, MooncakeError, NameInUse
+from mooncake_hpc.errors import ConfigError, MetadataError, MetadataUnavailable, MooncakeError, NameInUse
 from mooncake_hpc.metadata._etcd3 import Access, Connection
 from mooncake_hpc.metadata._etcd_watch import EtcdWatch
 from mooncake_hpc.metadata._failures import Failure, Kind
@@ -199,6 +199,10 @@ class EtcdStore(MetadataStore):
                 return call(connection, max(SHORTEST_ATTEMPT, remaining / (len(self._endpoints) + 1)))
             except Failure as error:
                 failure = error
+            except UnicodeEncodeError as error:
+                raise ConfigError(
+                    f"etcd at {self.spec} takes Unicode texts only, no lone surrogates: {error}"
+                ) from error
             if failure.kind in (Kind.LEASE, Kind.TOO_LARGE):
                 raise failure
             if failure.kind is Kind.LOGIN and logins < MAX_LOGINS:

@@ -84,13 +84,17 @@ def list_lines(objects: Sequence[ObjectInfo]) -> list[str]:
         return ["no objects"]
     lines = [f"{'object':<32} {'version':<16} {'bytes':>14} {'shards':>7} {'replicas':>8}  holders"]
     for one in objects:
-        lines.append(
-            f"{one.name:<32} {one.version:<16} {one.size:>14} {one.shards:>7} {one.replicas:>8}  {len(one.holders)}"
-        )
+        name, holders = _shown(one.name), len(one.holders)
+        lines.append(f"{name:<32} {one.version:<16} {one.size:>14} {one.shards:>7} {one.replicas:>8}  {holders}")
         for holder, have in sorted(one.holders.items()):
             share = 100 * have / one.shards if one.shards else 100.0
-            lines.append(f"    {holder:<40} {have}/{one.shards} shards, {share:.0f} %")
+            lines.append(f"    {_shown(holder):<40} {have}/{one.shards} shards, {share:.0f} %")
     return lines
+
+
+def _shown(name: str) -> str:
+    """A name of others', without what a terminal would take for a command."""
+    return name if name.isprintable() else repr(name)[1:-1]
 
 
 def bound(size: int, rate: float, readers: int, shards: int) -> float:

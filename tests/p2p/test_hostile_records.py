@@ -17,8 +17,9 @@ from mooncake_hpc.errors import ConfigError, MalformedRecord, ObjectNotFound
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.metadata.store import open_store
 from mooncake_hpc.p2p import P2PStore
-from mooncake_hpc.p2p.catalogue import CURRENT
+from mooncake_hpc.p2p.catalogue import CURRENT, ObjectInfo
 from mooncake_hpc.p2p.job import P2PConfig, run_list, run_trainer
+from mooncake_hpc.p2p.report import list_lines
 from mooncake_hpc.p2p.upstream import PREFIX
 from mooncake_hpc.settings import Settings
 
@@ -182,6 +183,13 @@ def test_what_can_be_no_name(there: Scene, name: str) -> None:
     if name:
         with pytest.raises(ConfigError):
             there.reader.list(name)
+
+
+def test_a_list_tells_a_terminal_nothing() -> None:
+    one = ObjectInfo("a\x1b[2Jb\n", "v", 1, 1, 1, (1,), {"h\x07:1": 1, "ü:1": 0})
+    lines = list_lines([one])
+    assert all(line.isprintable() for line in lines)
+    assert "a\\x1b[2Jb\\n" in lines[1] and "h\\x07:1" in lines[2] and "ü:1" in lines[3]
 
 
 def test_a_bad_current_value_while_the_object_is_held(there: Scene) -> None:
