@@ -121,6 +121,19 @@ def dial(host: str, port: int, deadline: float, interrupt: Interrupt | None = No
     raise failure
 
 
+def is_silent(error: OSError) -> bool:
+    """Whether a connection failed since nobody said anything, and not for an answer."""
+    return isinstance(error, TimeoutError) or error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN)
+
+
+def explain_failure(error: OSError) -> str:
+    """Why a connection could not be made, and what that says of the other side."""
+    cause = error.strerror or str(error)
+    if error.errno == errno.ECONNREFUSED:
+        return f"{cause}: its process has ended, as nobody listens there"
+    return f"{cause}: stopped, or cut off?" if is_silent(error) else cause
+
+
 def _connect(connection: socket.socket, target: Any, timeout: float, interrupt: Interrupt) -> None:
     """Raises OSError, Interrupted among it."""
     connection.setblocking(False)

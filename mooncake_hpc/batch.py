@@ -18,6 +18,7 @@ from mooncake_hpc.errors import (
     AddressRejected,
     AuthenticationError,
     PeerLost,
+    PeerSilent,
     TransferCancelled,
     TransferError,
     TransferTimeout,
@@ -102,9 +103,8 @@ class Batch:
         """
         process.check(self)
         if not self.join(timeout):
-            raise TransferTimeout(
-                f"{self.describe()} is not done after {timeout:g} s; it goes on: wait again, or cancel() it"
-            )
+            text = f"{self.describe()} is not done after {timeout:g} s; it goes on: wait again, or cancel() it"
+            raise TransferTimeout(text + self.why_late())
         if self._words[ERROR]:
             self._raise_error()
 
@@ -157,8 +157,10 @@ class Batch:
     def cancel(self, timeout: float = 10.0) -> None:
         """Stop the batch; when this returns nothing touches its buffers any more.
 
-        Requests not yet sent fail with TransferCancelled; those on the wire get a moment to end, after which
-        their connection is cut. Raises TransferTimeout if even that does not end them.
+        Batches of which nothing was sent fail with TransferCancelled at once; what is on the wire gets 0.2 s to end,
+        after which its connection is cut. WRITEs that it took then need the peer's word that they cannot land any
+        more, which is waited for 6 s: without it they fail with PeerLost. Raises TransferTimeout if even that does not
+        end them.
         """
         process.check(self)
         self._words[layout.CANCEL // 8] = 1
@@ -231,6 +233,11 @@ class Batch:
         where = ", ".join(sorted({lane.peer for lane in self._lanes})) or "nobody"
         return f"batch of {len(self)} requests with {where}"
 
+    def why_late(self) -> str:
+        """What its lanes wait for, for messages; "" where bytes move."""
+        causes = dict.fromkeys(cause for lane in self._lanes if (cause := lane.why_late()))
+        return f" ({'; '.join(causes)})" if causes else ""
+
     def _raise_error(self) -> None:
         error = self.error
         if error is not None:
@@ -262,6 +269,7 @@ _FAILURES: dict[int, tuple[Callable[[str], TransferError], str]] = {
     layout.LOST: (PeerLost, "the peer is lost"),
     layout.TIMED_OUT: (TransferTimeout, "no progress"),
     layout.CANCELLED: (TransferCancelled, "cancelled"),
+    layout.SILENT: (PeerSilent, "the peer does not answer: it is stopped, busy or cut off"),
     layout.STRANGER: (AuthenticationError, "the peer is not authenticated"),
     layout.MALFORMED: (PeerLost, "the peer does not speak this protocol"),
 }

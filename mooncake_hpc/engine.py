@@ -269,6 +269,9 @@ class TransferEngine:
     def open_segment(self, name: str) -> Segment:
         """The segment of this name, ready for requests; opened again after its process was replaced.
 
+        It takes four look-ups of MOONCAKE_HPC_METADATA_TIMEOUT seconds at most; where shared memory is mapped, also
+        three steps of MC_HANDSHAKE_CONNECT_TIMEOUT.
+
         Raises SegmentNotFound, MetadataUnavailable, MalformedRecord, PeerLost, LimitError; ConfigError for what can be
         no name.
         """
@@ -378,14 +381,14 @@ class TransferEngine:
         return self._notifications.take()
 
     def probe(self, name: str, timeout: float = 1.0) -> bool:
-        """Whether the process behind the segment `name` answers within `timeout` seconds.
+        """Whether the process behind the segment `name` answers within `timeout` seconds; `check` tells why not.
 
         Raises SegmentNotFound, MetadataUnavailable, and AuthenticationError where one answers that we have no common
         secret with.
         """
         process.check(self)
         try:
-            self._directory.probe(name, timeout)
+            self.check(name, timeout)
         except AuthenticationError as error:
             if error.reason != Reason.ANOTHER_PROCESS:
                 raise
@@ -393,6 +396,14 @@ class TransferEngine:
         except PeerLost:
             return False
         return True
+
+    def check(self, name: str, timeout: float = 1.0) -> None:
+        """Return once the process behind the segment `name` has answered.
+
+        Raises PeerSilent where it does not within `timeout` seconds: it is stopped, busy or cut off, and may come back;
+        PeerLost where it has ended; and as `probe`.
+        """
+        self._directory.probe(name, timeout)
 
     def _fence(self, connection: str, timeout: float) -> bool:
         return all([transport.fence(connection, timeout) for transport in self._transports])

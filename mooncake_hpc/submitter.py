@@ -155,7 +155,8 @@ class Submitter:
             batch = self._submit_slowly(arena, patience / 1e9, held)
         try:
             if not batch.join(max(0, end - time.monotonic_ns()) / 1e9):
-                raise TransferTimeout(f"{batch.describe()} is not done after {patience / 1e9:g} s: cancelled")
+                text = f"{batch.describe()} is not done after {patience / 1e9:g} s: cancelled"
+                raise TransferTimeout(text + batch.why_late())
             batch.wait()
         except BaseException as error:
             batch.cancel()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mooncake_hpc import READ, WRITE, TransferEngine
-from mooncake_hpc.errors import AddressRejected, PeerLost, TransferCancelled, TransferTimeout
+from mooncake_hpc.errors import AddressRejected, NameInUse, PeerLost, PeerSilent, TransferCancelled, TransferTimeout
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.testing.link import Link, linked, requests
 from mooncake_hpc.testing.peer import Bytes, PeerProcess
@@ -187,7 +187,7 @@ def test_a_peer_of_shared_memory_that_is_stopped(monkeypatch: pytest.MonkeyPatch
         queued = [link.engine.submit(requests(link.request(WRITE, 0, 0, 64))) for _ in range(3)]
         with lasting(0):
             queued[1].cancel()
-        with lasting(1.5, 3.5), pytest.raises(PeerLost, match="does not answer within 3 s"):
+        with lasting(1.5, 3.5), pytest.raises(PeerSilent, match="no answer within 3 s"):
             queued[0].wait(10)
         link.peer.resume()
         link.run(link.request(READ, 0, 0, 64))
@@ -238,6 +238,52 @@ def test_metadata_that_does_not_answer_keeps_no_batch(peer: PeerProcess) -> None
                 engine.close()
         finally:
             peer.resume()
+
+
+# --- stopped or dead -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "shm"])
+def test_a_stopped_peer_is_told_from_a_dead_one(protocol: str, etcd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what transfers fail of, by `check` and by who may have its name."""
+    monkeypatch.setattr(handoff, "TIMEOUT", 1.0)
+    name = f"stopped-{protocol}:1"
+    settings = Settings(tcp_progress_timeout=1.0, tcp_lanes_per_peer=1, handshake_connect_timeout=1.0)
+    with (
+        PeerProcess(etcd, protocol, name) as peer,
+        TransferEngine("asking:1", etcd, protocol=protocol, bind_address=HOST, settings=settings) as engine,
+    ):
+        local, remote = engine.allocate(4096), peer.call("allocate", 4096)
+        link = Link(engine, peer, engine.open_segment(name), local, remote)
+        link.run(link.request(READ, 0, 0, 64))
+        engine.check(name)
+        peer.call("allocate", 4096)
+        peer.suspend()
+        with pytest.raises(TransferTimeout, match=rf"{name}.*(stopped, busy or cut off|no connection)"):
+            link.run(link.request(READ, 0, 0, 64), timeout=0.7)
+        with pytest.raises((TransferTimeout, PeerSilent), match=r"no progress for 1 s .*stopped|not answer.*stopped"):
+            link.run(link.request(READ, 0, 0, 64))
+        with lasting(0.3), pytest.raises(PeerSilent, match=r"no answer within 0\.\d+ s: stopped, busy or cut off"):
+            engine.check(name, 0.3)
+        assert not engine.probe(name, 0.3)
+        with pytest.raises(NameInUse, match="is there and does not answer"):
+            TransferEngine(name, etcd, protocol=protocol, bind_address=HOST)
+        peer.process.kill()
+        peer.process.wait()
+        for _ in range(2):
+            with pytest.raises(PeerLost, match="its process has ended") as dead:
+                link.run(link.request(READ, 0, 0, 64))
+            assert not isinstance(dead.value, PeerSilent)
+        with pytest.raises(PeerLost, match="its process has ended"):
+            engine.check(name)
+        with TransferEngine(name, etcd, protocol=protocol, bind_address=HOST):
+            engine.check(name)
+
+
+def test_a_peer_that_is_cut_off_is_silent(peer: PeerProcess, hole: int) -> None:
+    settings = Settings(handshake_connect_timeout=0.2)
+    with reaching((HOST, hole), peer, settings) as link, lasting(0.6, 2), pytest.raises(PeerSilent, match=f":{hole}: "):
+        link.run(link.request(WRITE, 0, 0, 64))
 
 
 # --- buffers that a peer registers anew ------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import ctypes
 import itertools
 import json
 import mmap
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -419,6 +420,35 @@ def test_memory_registered_again_at_its_address(fabric: Fabric) -> None:
         link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
 
 
+def test_memory_registered_again_as_several_buffers(fabric: Fabric) -> None:
+    """Slices cross the new borders: they are refused, and cut anew, those that wait behind them as well."""
+    with pair("a", "b", rdma(slice_size=16_384)) as link:
+        memory = np.zeros(1 << 18, np.uint8)
+        address = int(memory.ctypes.data)
+        link.there.register(memory)
+        link.here.write(link.ours[: 1 << 18], link.segment, address)
+        for number in range(1, 4):
+            borders = [0, 5000 * number, 5000 * number + 7, 90_000 + number, 1 << 18]
+            parts = [memory[begin:end] for begin, end in itertools.pairwise(borders)]
+            link.there.register_many(parts)
+            link.there.unregister(memory)
+            link.ours[:] = pattern(number, SIZE)
+            requests = [(WRITE, link.segment.id, int(link.ours.ctypes.data) + at, address + at, 20_000)
+                        for at in range(0, 240_000, 20_000)]  # fmt: skip
+            batch = link.submit(*requests)
+            link.here.write(link.ours[240_000 : 1 << 18], link.segment, address + 240_000)
+            batch.wait(10)
+            assert (batch.status == 1).all() and (memory == link.ours[: 1 << 18]).all()
+            link.there.register(memory)
+            link.there.unregister_many(parts)
+            link.here.read(link.ours[: 1 << 18], link.segment, address)
+            assert (memory == link.ours[: 1 << 18]).all()
+        link.there.unregister(memory)
+        link.there.register(memory[:5000])
+        with pytest.raises(AddressRejected, match="there:1"):
+            link.here.write(link.ours[: 1 << 18], link.segment, address)
+
+
 def resident(address: int, length: int) -> bool:
     """Whether every page is there."""
     pages = np.zeros(-(-length // mmap.PAGESIZE), np.uint8)
@@ -589,6 +619,40 @@ def test_cancel_under_way(fabric: Fabric) -> None:
         fabric.release()
         other.wait(10)
         assert (link.theirs[SIZE // 2 :] == link.ours[SIZE // 2 :]).all() and (link.theirs[: SIZE // 2] == 55).all()
+
+
+def test_a_peer_that_does_not_answer_the_handshake(fabric: Fabric) -> None:
+    """Nothing was sent: it is given back at the deadline, wherever it is in the queue; and the lane closes at once."""
+    with socket.create_server(("127.0.0.1", 0)) as silent, pair("a", "b") as link:
+        link.segment._rpc_address = f"127.0.0.1:{silent.getsockname()[1]}"
+        began = time.monotonic()
+        with pytest.raises(TransferTimeout, match=r"not done after 0\.3 s: cancelled \(no connection to there:1"):
+            link.here.read(link.ours, link.segment, link.theirs.ctypes.data, timeout=0.3)
+        assert time.monotonic() - began < 0.8
+        batches = [link.submit(link.request(WRITE, 0, 0, SIZE)) for _ in range(3)]
+        began = time.monotonic()
+        batches[1].cancel()
+        assert batches[1].done and not batches[0].done and time.monotonic() - began < 0.5
+        link.here.close()
+        assert batches[0].done and time.monotonic() - began < 1
+
+
+def test_a_queue_behind_what_a_device_holds_back(fabric: Fabric) -> None:
+    """What it was not given yet is given back at once; and what it has goes on."""
+    with pair("a", "b", rdma(max_wr=4, queue_pairs=1)) as link:
+        link.here.write(link.ours, link.segment, link.theirs.ctypes.data)
+        link.ours[:] = pattern(11, SIZE)
+        fabric.held = True
+        first = link.submit(link.request(WRITE, 0, 0, SIZE // 2))
+        others = [link.submit(link.request(WRITE, SIZE // 2, SIZE // 2, SIZE // 2)) for _ in range(3)]
+        assert not first.join(0.1)
+        began = time.monotonic()
+        others[1].cancel()
+        assert others[1].done and time.monotonic() - began < 0.5
+        fabric.release()
+        for batch in (first, others[0], others[2]):
+            batch.wait(10)
+        assert (link.theirs == link.ours).all()
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from mooncake_hpc.address import dial, split
+from mooncake_hpc.address import dial, explain_failure, is_silent, split
 from mooncake_hpc.authentication import Authentication, Expected, Reason
 from mooncake_hpc.control import frames, proofs
 from mooncake_hpc.control.frames import Kind, dumps
@@ -19,6 +19,7 @@ from mooncake_hpc.errors import (
     MalformedRecord,
     MetadataError,
     PeerLost,
+    PeerSilent,
     TransferError,
 )
 from mooncake_hpc.interrupt import Interrupt
@@ -45,7 +46,7 @@ _read_probe = Reader(_Probe, "answer to a Probe", LONGEST_SMALL_VALUE)
 _read_notify = Reader(_Notify, "answer to a Notify", LONGEST_SMALL_VALUE)
 
 
-class Unanswered(PeerLost):
+class Unanswered(PeerSilent):
     """The peer's port accepts connections, but no reply came in time: busy, stopped, or not Mooncake."""
 
 
@@ -87,7 +88,7 @@ def exchange(
     except (PeerLost, ConfigError):
         raise
     except TimeoutError as error:
-        raise Unanswered(f"{what}: no answer within {timeout:g} s") from error
+        raise Unanswered(f"{what}: no answer within {timeout:g} s: stopped, busy or cut off?") from error
     except frames.MalformedFrame as error:
         raise PeerLost(f"{what}: the reply is no frame: {error}") from error
     except OSError as error:
@@ -116,7 +117,8 @@ def _ask(
         try:
             connection = dial(host, port, connected_by, interrupt)
         except OSError as error:
-            raise PeerLost(f"{what}: cannot connect: {error.strerror or error}") from error
+            kind = PeerSilent if is_silent(error) else PeerLost
+            raise kind(f"{what}: cannot connect: {explain_failure(error)}") from error
         with connection, interrupt.cuts(connection):
             if not proving:
                 frames.send(connection, frames.pack(request), deadline)

@@ -155,7 +155,11 @@ class Directory:
     def probe(self, name: str, timeout: float) -> client.ProbeReply:
         """Ask the process behind a segment whether it lives. Raises PeerLost, and as `lookup`."""
         record = self._rpc_record(_plain(name))
-        return self._probe(_plain(name), record, timeout)
+        reply = self._probe(_plain(name), record, timeout)
+        if record.generation and reply.generation != record.generation:
+            where = join(record.host, record.port)
+            raise PeerLost(f"segment {name!r}: its process has ended, and another one answers at {where}")
+        return reply
 
     def data_endpoint(self, descriptor: SegmentDescriptor) -> tuple[str, int]:
         """Host and port of a segment's TCP data port, also where an old version of the original did not
@@ -204,7 +208,8 @@ class Directory:
             ) from error
         except client.Unanswered as error:
             raise NameInUse(
-                f"segment name {self.name!r}: its holder accepts connections but is silent: {ANOTHER_NAME}: {error}"
+                f"segment name {self.name!r}: its holder is there and does not answer, stopped or busy: {ANOTHER_NAME}:"
+                f" {error}"
             ) from error
         except (SegmentNotFound, PeerLost):
             return

@@ -101,6 +101,7 @@ ROUTE_WORDS = 8
 
 # --- failure codes of a slice, negative as bytes
 REJECTED, LOST, TIMED_OUT, CANCELLED, MALFORMED = -1, -2, -3, -4, -5
+SILENT = -7  # the peer does not answer; nobody knows that it is dead
 STRANGER = -6  # the peer and we do not prove to each other that we know a common secret
 
 # --- what `drive` returns

@@ -20,7 +20,11 @@ from mooncake_hpc.kernels.lane import (
     ENTRY_SLICES,
     HEAD,
     LENGTH,
+    LOCAL,
     META,
+    PENDING,
+    REMAINING,
+    REMOTE,
     RING,
     SLICE,
     TAIL,
@@ -28,7 +32,8 @@ from mooncake_hpc.kernels.lane import (
     finish_slice,
     ring_thread,
 )
-from mooncake_hpc.kernels.native import compare_exchange, get, load, put, store
+from mooncake_hpc.kernels.native import compare_exchange, fetch_add, get, load, put, store
+from mooncake_hpc.kernels.recut import size_of
 from mooncake_hpc.kernels.verbs import FLUSHED
 
 # --- words of the lane block
@@ -114,6 +119,49 @@ def again(lane, seq, piece):
     put(slot, piece)
     put(slot + 8, seq)
     put(lane + RETRY_TAIL, tail + 1)
+
+
+@kernel
+def count_splits(lane, tables):
+    """How many more slices those to post again make, cut where buffers of `tables` end; 0 if the ring has no room."""
+    ring, mask, head, tail = get(lane + RETRY), get(lane + RETRY_MASK), get(lane + RETRY_HEAD), get(lane + RETRY_TAIL)
+    more = 0
+    for at in range(head, tail):
+        piece = get(ring + 16 * (at & mask))
+        remote, left = get(piece + REMOTE), get(piece + LENGTH)
+        while left > 0:
+            size = size_of(tables, get(piece + META), remote, left)
+            remote, left = remote + size, left - size
+            more += 1 if left > 0 else 0
+    return more if tail - head + more <= mask + 1 else 0
+
+
+@kernel
+def split(lane, tables, slices):
+    """Cut the slices to post again; their further pieces lie in `slices`, beyond their entries' own.
+
+    So that an entry ends with the last of them, it counts as many as not completed.
+    """
+    ring, mask = get(lane + RETRY), get(lane + RETRY_MASK)
+    for at in range(get(lane + RETRY_HEAD), get(lane + RETRY_TAIL)):
+        piece, seq = get(ring + 16 * (at & mask)), get(ring + 16 * (at & mask) + 8)
+        entry, meta = entry_of(lane, seq), get(piece + META)
+        batch = get(entry + ENTRY_BATCH)
+        ours, remote, left = get(piece + LOCAL), get(piece + REMOTE), get(piece + LENGTH)
+        size = size_of(tables, meta, remote, left)
+        put(piece + LENGTH, size)
+        while left > size:
+            ours, remote, left = ours + size, remote + size, left - size
+            size = size_of(tables, meta, remote, left)
+            put(slices + LOCAL, ours)
+            put(slices + REMOTE, remote)
+            put(slices + LENGTH, size)
+            put(slices + META, meta)
+            put(entry + ENTRY_DONE, get(entry + ENTRY_DONE) - 1)
+            fetch_add(batch + REMAINING, 1)
+            fetch_add(get(batch + PENDING) + 8 * ((meta & META_MASK) >> 8), 1)
+            again(lane, seq, slices)
+            slices += SLICE
 
 
 @kernel

@@ -83,13 +83,16 @@ from mooncake_hpc.kernels.rails import (
     STALE,
     TURN,
     again,
+    count_splits,
     entry_of,
     finish,
     peek,
     retire_entries,
+    split,
     spoil,
 )
 from mooncake_hpc.kernels.rdma_post import post, post_ends
+from mooncake_hpc.kernels.recut import count_pieces, cut_anew
 from mooncake_hpc.kernels.verbs import (
     FLUSHED,
     LOCAL_PROTECTION,
@@ -216,6 +219,9 @@ def take_back(lane, rail):
 @kernel
 def fail_queue(lane, code):
     """Fail all that is queued (the lane's owner only, with nothing under way)."""
+    ring, mask = get(lane + RETRY), get(lane + RETRY_MASK)
+    for at in range(get(lane + RETRY_HEAD), get(lane + RETRY_TAIL)):
+        finish(lane, get(ring + 16 * (at & mask) + 8), get(ring + 16 * (at & mask)), code)
     put(lane + RETRY_HEAD, get(lane + RETRY_TAIL))
     tail = load(lane + TAIL)
     for seq in range(get(lane + HEAD), tail):
@@ -331,4 +337,16 @@ def _give_up(lane):
             spoil(lane, rail, TIMED_OUT, 0)
 
 
-KERNELS = (spoil, settle, post_ends, take_back, fail_queue, drop_cancelled, lead)  # what Python calls
+KERNELS = (
+    count_pieces,
+    cut_anew,
+    count_splits,
+    split,
+    spoil,
+    settle,
+    post_ends,
+    take_back,
+    fail_queue,
+    drop_cancelled,
+    lead,
+)  # what Python calls

@@ -1,6 +1,6 @@
 """Cuts slices anew that wait in a lane's queue: the peer has registered the memory that they are for as other buffers.
 
-For the owner of a lane over which nothing is under way.
+For the owner of a lane, and of what is not under way.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _entry(lane, seq):
 
 
 @kernel
-def _size(tables, meta, remote, length):
+def size_of(tables, meta, remote, length):
     """How much of a slice lies in one buffer; all of it where buffers do not hold it, and the peer is to refuse it."""
     table = get(tables + 8 * (meta & WRITING))
     whole = meta & HIDDEN != 0 or not covered(table, remote, length)
@@ -58,7 +58,7 @@ def count_pieces(lane, seq, tables):
         piece = get(entry + ENTRY_SLICES) + SLICE * index
         remote, left = get(piece + REMOTE), get(piece + LENGTH)
         while left > 0:
-            size = _size(tables, get(piece + META), remote, left)
+            size = size_of(tables, get(piece + META), remote, left)
             remote, left = remote + size, left - size
             pieces += 1
     return pieces if pieces > end - first else 0
@@ -77,7 +77,7 @@ def cut_anew(lane, seq, tables, slices, count):
         ours, remote, left, meta = get(piece + LOCAL), get(piece + REMOTE), get(piece + LENGTH), get(piece + META)
         pieces = 0
         while left > 0:
-            size = _size(tables, meta, remote, left)
+            size = size_of(tables, meta, remote, left)
             put(made + LOCAL, ours)
             put(made + REMOTE, remote)
             put(made + LENGTH, size)

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from mooncake_hpc.errors import PeerLost, TransferTimeout
+from mooncake_hpc.address import is_silent
+from mooncake_hpc.errors import AuthenticationError, PeerLost, PeerSilent, TransferTimeout
 from mooncake_hpc.kernels import digesting, leader
 from mooncake_hpc.kernels import lane as layout
 from mooncake_hpc.kernels.compiled import Entry
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 DEPTH = 1024  # batches in a lane's queue; more wait in `push`
 OWN_TIMEOUT = 5_000_000_000  # ns for the thread that moves a lane's bytes to leave it: a native call takes 50 ms
+SILENCE = 0.5  # seconds without a byte of a peer's that an error tells
 CLOSE_TIMEOUT = 10.0  # seconds for a lane's thread to end
 SPIN = 50_000  # ns: longer than a loopback round trip, shorter than what a sleep and a wake-up cost
 
@@ -55,6 +57,14 @@ def _placeholder() -> npt.NDArray[np.int64]:
     ):
         block[word // 8] = value
     return block
+
+
+def code_of(error: BaseException) -> int:
+    """With which code a queue fails of it."""
+    if isinstance(error, AuthenticationError):
+        return layout.STRANGER
+    silent = isinstance(error, PeerSilent) or (isinstance(error, OSError) and is_silent(error))
+    return layout.SILENT if silent else layout.LOST
 
 
 class Lane(ABC):
@@ -114,6 +124,17 @@ class Lane(ABC):
         """Hold a queued batch until its entry has left the queue, and `drop_done` or `keep` is called."""
         self.drop_done()
         self._queued.append((number, batch))
+
+    def why_late(self) -> str:
+        """What the queue waits for, for messages; "" where bytes move."""
+        if not self.pending:
+            return ""
+        if self._get(layout.STATE) != layout.UP:
+            return f"no connection to {self.peer}: {self.last_error or 'it does not answer: stopped, or cut off?'}"
+        silence = (time.monotonic_ns() - self._get(layout.PROGRESS)) / 1e9
+        if silence < SILENCE:
+            return ""
+        return f"nothing has come from {self.peer} for {silence:.1f} s: stopped, busy or cut off?"
 
     def drop_done(self) -> None:
         """Let go of batches whose entries have left the queue, and of what they hold."""

@@ -9,17 +9,18 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
-from mooncake_hpc.errors import AuthenticationError, DeviceError, MooncakeError, PeerLost
+from mooncake_hpc.errors import DeviceError, MooncakeError, PeerLost
 from mooncake_hpc.kernels import lane as layout
-from mooncake_hpc.kernels import rails, rdma_post
+from mooncake_hpc.kernels import rails, rdma_post, recut
 from mooncake_hpc.kernels import rdma as native
 from mooncake_hpc.kernels import verbs as verbs_layout
 from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.topology import Topology
 from mooncake_hpc.transports.base import Peer, Route
-from mooncake_hpc.transports.lane import Lane, spin_time
+from mooncake_hpc.transports.lane import Lane, code_of, spin_time
 from mooncake_hpc.transports.rdma.nic import Nic
 from mooncake_hpc.transports.rdma.paths import Path, Plan, plan
 from mooncake_hpc.transports.rdma.pool import Pool
@@ -72,6 +73,9 @@ class RdmaLane(Lane):
         self._rails: list[Rail] = []
         self._paused: dict[Path, float] = {}  # until when (time.monotonic())
         self._opened = False
+        self._recut: list[
+            tuple[int, npt.NDArray[np.int64]]
+        ] = []  # slices cut anew, and up to which entry they are used
         self._failures, self._stuck_at = 0, (-1, -1)
         self._block = LaneBlock(self.words, MAX_RAILS * settings.rdma.queue_pairs * settings.rdma.max_wr)
         self._set(rails.LOCAL_KEYS, regions.tables.address)
@@ -155,7 +159,7 @@ class RdmaLane(Lane):
                 self._failures += 1
                 self._note(str(error))
                 with self.owned():
-                    self.fail_queue(layout.STRANGER if isinstance(error, AuthenticationError) else layout.LOST)
+                    self.fail_queue(code_of(error))
                 return
             with self.owned():
                 self._set(layout.PROGRESS, time.monotonic_ns())
@@ -234,7 +238,22 @@ class RdmaLane(Lane):
             self._peer.refresh()
         except MooncakeError as error:
             self._note(str(error))
+        with self.owned():
+            self._cut_anew()
         self._set(rails.STALE, 0)
+
+    def _cut_anew(self) -> None:
+        """As the owner: cut what is not under way by the peer's present buffers, which may be others than before."""
+        tables, head = self._get(rails.REMOTE_KEYS), self._get(layout.HEAD)
+        self._recut = [kept for kept in self._recut if kept[0] > head]
+        if count := rails.count_splits(self.address, tables):
+            self._recut.append((self.queued, slices := np.empty(4 * count, np.int64)))
+            rails.split(self.address, tables, int(slices.ctypes.data))
+        first = self._get(rails.SEND_SEQ) + (self._get(rails.SEND_SLICE) > 0)
+        for seq in range(first, self.queued):
+            if count := recut.count_pieces(self.address, seq, tables):
+                self._recut.append((seq + 1, slices := np.empty(4 * count, np.int64)))
+                recut.cut_anew(self.address, seq, tables, int(slices.ctypes.data), count)
 
     def _plan(self) -> Plan:
         descriptor = self._peer.descriptor
@@ -259,6 +278,8 @@ class RdmaLane(Lane):
         Raises MooncakeError, of the first path that failed, where none could be opened."""
         if self._opened:
             self._peer.refresh()
+            with self.owned():
+                self._cut_anew()
             self._set(rails.STALE, 0)
         self._opened = True
         paths = self._wanted()

@@ -21,7 +21,7 @@ from mooncake_hpc.memory import Bytes, MemoryFile
 from mooncake_hpc.process import own
 from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.transports.base import Peer, Route, Tables
-from mooncake_hpc.transports.lane import Lane
+from mooncake_hpc.transports.lane import Lane, code_of
 from mooncake_hpc.transports.shm import handoff
 
 
@@ -88,8 +88,11 @@ class ShmLane(Lane):
             try:
                 maps = self._exchange(self.maps.files, handoff.TIMEOUT)
             except TimeoutError as error:
-                self.last_error = f"the peer does not answer within {handoff.TIMEOUT:g} s: it is stopped, or very busy"
+                self.last_error = f"no answer within {handoff.TIMEOUT:g} s to what is registered there now"
                 raise PeerSilent(f"{self.peer}: {self.last_error}") from error
+            except ConnectionError as error:
+                self.last_error = f"its process has ended, or has closed this connection: {error}"
+                raise PeerLost(f"{self.peer}: {self.last_error}") from error
             except (OSError, ValueError) as error:  # MalformedRecord and RegistrationError are ValueErrors
                 self.last_error = f"the peer does not hand over its memory: {error}"
                 raise PeerLost(f"{self.peer}: {self.last_error}") from error
@@ -117,15 +120,17 @@ class ShmLane(Lane):
         with self.owned():
             self._drop_cancelled()
         if self._get(layout.CAUSE) == native.STALE:
-            with contextlib.suppress(MooncakeError):
+            try:
                 self.sync()
                 with self.owned():
                     layout.go_up(self.address)
                 return
+            except MooncakeError as error:
+                code = code_of(error)
         else:
-            self.last_error = "the peer's process has ended"
+            self.last_error, code = "the peer's process has ended", layout.LOST
         with self.owned():
-            self.fail_queue(layout.LOST)
+            self.fail_queue(code)
 
     def _drop_cancelled(self) -> None:
         self._set(native.OFFSET, 0)  # of the head slice, which begins again if it stays
@@ -171,7 +176,7 @@ class ShmLane(Lane):
         try:
             return self._receive_maps(known)
         except TimeoutError as error:
-            raise ConnectionResetError("the peer stopped within an answer") from error
+            raise OSError("the peer stopped within an answer") from error
 
     def _receive_maps(self, known: dict[int, MemoryFile]) -> Maps:
         self._socket.settimeout(handoff.TIMEOUT)

@@ -13,9 +13,9 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from mooncake_hpc.address import dial, join
+from mooncake_hpc.address import dial, explain_failure, join
 from mooncake_hpc.authentication import Expected, Reason, refusal
-from mooncake_hpc.errors import AuthenticationError, MooncakeError, PeerLost
+from mooncake_hpc.errors import MooncakeError, PeerLost
 from mooncake_hpc.interrupt import Interrupt, Interrupted
 from mooncake_hpc.kernels import lane as layout
 from mooncake_hpc.kernels import recut, tcp_client, tcp_lists
@@ -23,7 +23,7 @@ from mooncake_hpc.kernels.sockets import LIST
 from mooncake_hpc.segment import SegmentDescriptor
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.transports.base import WHOLE, Peer, Route, Tables
-from mooncake_hpc.transports.lane import Lane
+from mooncake_hpc.transports.lane import Lane, code_of
 from mooncake_hpc.transports.tcp import proofs
 from mooncake_hpc.transports.tcp.options import find_vanished, set_options
 
@@ -79,6 +79,7 @@ class TcpLane(Lane):
         self._recut: list[tuple[int, npt.NDArray[np.int64]]] = []  # entries' numbers, and slices that were cut anew
         self._stuck_at = (-1, -1)
         self._failures = 0
+        self._lost_code = layout.LOST  # of what fails with a broken connection
         self._buffers = np.zeros(4 * LIST + 4 * tcp_lists.WINDOW, np.int64)
         base = int(self._buffers.ctypes.data)
         self._set(tcp_lists.SEND_LIST, base)
@@ -118,7 +119,7 @@ class TcpLane(Lane):
                 self.last_error = str(error)
                 self._failures += 1
                 if self._failures >= ATTEMPTS or isinstance(error, MooncakeError):
-                    self._fail(layout.STRANGER if isinstance(error, AuthenticationError) else layout.LOST)
+                    self._fail(code_of(error))
                     return
             with contextlib.suppress(Interrupted):
                 self._peer.interrupt.pause(BACKOFF * 2**self._failures)
@@ -202,12 +203,11 @@ class TcpLane(Lane):
         if self.version == 1 and self._peer.descriptor.generation:
             try:
                 self._peer.fence(self._identity, FENCE_TIMEOUT)
-            except AuthenticationError as error:
-                self.last_error = str(error)
-                return layout.STRANGER
-            except MooncakeError:
-                pass
-        return layout.LOST
+            except MooncakeError as error:
+                self._lost_code = code_of(error)
+                if self._lost_code == layout.STRANGER:
+                    self.last_error = str(error)
+        return self._lost_code
 
     def _fail(self, code: int) -> None:
         with self.owned():
@@ -217,6 +217,7 @@ class TcpLane(Lane):
 
     def _fenced(self) -> bool:
         """Whether no WRITE sent over the broken connection can land any more."""
+        self._lost_code = layout.LOST
         if not tcp_lists.writes_in_flight(self.address):
             return True
         if self._peer.descriptor.generation:
@@ -224,6 +225,7 @@ class TcpLane(Lane):
                 return self._peer.fence(self._identity, FENCE_TIMEOUT)
             except MooncakeError as error:
                 self.last_error = f"{self.last_error}; {error}"
+                self._lost_code = code_of(error)
                 return False
         return self._read_to_end()
 
@@ -312,7 +314,7 @@ def _connect(host: str, port: int, settings: Settings, expected: Expected, inter
         try:
             connection = dial(host, port, deadline, interrupt)
         except OSError as error:
-            text = f"cannot connect to data port {where}: {error.strerror or error}"
+            text = f"cannot connect to data port {where}: {explain_failure(error)}"
             raise OSError(error.errno, text) from error
         try:
             with interrupt.cuts(connection):
@@ -334,7 +336,8 @@ def _explain(cause: int, settings: Settings) -> str:
     if cause == tcp_lists.EOF:
         return "closed by the peer"
     if cause == layout.TIMED_OUT:
-        return f"no progress for {settings.tcp_progress_timeout:g} s (MC_TCP_PROGRESS_TIMEOUT_SEC)"
+        limit = f"{settings.tcp_progress_timeout:g} s (MC_TCP_PROGRESS_TIMEOUT_SEC)"
+        return f"no progress for {limit}: stopped, busy or cut off?"
     if cause == layout.REJECTED:
         return "the peer refused the address"
     if cause == layout.MALFORMED:
