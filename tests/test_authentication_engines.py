@@ -14,6 +14,7 @@ import pytest
 
 from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
 from mooncake_hpc.errors import AuthenticationError, NameInUse, PeerLost, TransferTimeout
+from mooncake_hpc.metadata.memory import MemoryStore
 from mooncake_hpc.p2p import P2PStore
 from mooncake_hpc.settings import RdmaSettings, Settings
 from mooncake_hpc.testing.peer import PeerProcess, pattern
@@ -51,7 +52,7 @@ def settings(file: str, allowed: str = "", **values: object) -> Settings:
     )
 
 
-def engine(name: str, metadata: str, protocol: str, known: Settings, **options: str) -> TransferEngine:
+def engine(name: str, metadata: str | MemoryStore, protocol: str, known: Settings, **options: str) -> TransferEngine:
     return TransferEngine(name, metadata, protocol=protocol, bind_address="127.0.0.1", settings=known, **options)
 
 
@@ -173,6 +174,26 @@ def test_the_name_of_a_living_process_is_taken_whatever_its_secret(files: dict[s
         pytest.raises(NameInUse, match="'one:1' belongs to a living process"),
     ):
         engine("one:1", store, "tcp", settings(files[ours]))
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "shm"])
+def test_a_record_that_points_to_another_process_is_found_out(files: dict[str, str], protocol: str) -> None:
+    """Who can write to the metadata store cannot make a peer with the secret stand for another segment."""
+    known = settings(files["right"])
+    with (
+        MemoryStore(f"forged-{next(numbers)}") as store,
+        engine("there:1", store, protocol, known) as there,
+        engine("here:1", store, protocol, known) as here,
+    ):
+        theirs, ours = there.allocate(SIZE), here.allocate(SIZE)
+        for kind in ("ram", "rpc_meta"):
+            value = store.get(f"mooncake/{kind}/there:1")
+            assert value is not None
+            forged = value.replace("there:1", "ghost:1").replace(there.generation, "0123456789abcdef")
+            store.publish(f"mooncake/{kind}/ghost:1", forged)
+        with pytest.raises(AuthenticationError, match=r"segment 'ghost:1' at .* another process answers"):
+            here.write(ours, here.open_segment("ghost:1"), theirs.ctypes.data)
+        assert not here.probe("ghost:1")
 
 
 def test_what_was_connected_before_goes_on_and_what_breaks_is_proved_anew(files: dict[str, str]) -> None:
