@@ -10,7 +10,8 @@ after the parent's death, so that peers wait for it. Therefore:
   shutdown(2) would end the parent's connection.
 
 The hook takes no lock, as another thread of the parent may have held it at the fork, and locks of modules are made anew
-in the child (`lock`). Memory that both may write (memory files, the workers' ring) stays mapped in the child.
+in the child (`lock`). Where that does not do, since what a lock guards would be half done in the child, the fork waits
+for it (`finish_before_forks`). Memory that both may write (memory files, the workers' ring) stays mapped in the child.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ import os
 import socket
 import sys
 import threading
-from typing import NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 from weakref import WeakSet
 
 from mooncake_hpc.errors import ForkError
+
+LONGEST_WAIT_S = 60.0  # of a fork, for a lock
 
 
 class Process:
@@ -53,6 +56,8 @@ here = Process()
 _descriptors: WeakSet[Closable] = WeakSet()
 _listeners: WeakSet[socket.socket] = WeakSet()
 _locks: list[threading.Lock] = []
+_awaited: list[Any] = []
+_held = threading.local()  # `.locks`, by a thread that forks
 _libc = ctypes.CDLL(None)
 
 
@@ -92,10 +97,25 @@ def lock() -> threading.Lock:
     return made
 
 
+def finish_before_forks(lock: Any) -> None:
+    """Have forks wait until no thread holds this lock, LONGEST_WAIT_S at most. Locks are taken in the order given."""
+    _awaited.append(lock)
+
+
+def _before_fork() -> None:
+    _held.locks = [lock for lock in _awaited if lock.acquire(timeout=LONGEST_WAIT_S)]
+
+
+def _after_fork() -> None:
+    while _held.locks:
+        _held.locks.pop().release()
+
+
 def _begin_child() -> None:
     """In a forked child, before anything else of ours."""
     global here
     here = Process(here)
+    _after_fork()
     for each in _locks:
         each._at_fork_reinit()  # type: ignore[attr-defined]  # as the standard library does with its own
     descriptors, names = list(_descriptors), [_local_name(listener.fileno()) for listener in _listeners]
@@ -139,4 +159,4 @@ def _is_of(local: bytes, listening: bytes) -> bool:
     return local[:4] == listening[:4] and address in (local[start:end], bytes(end - start))  # zeros: any address
 
 
-os.register_at_fork(after_in_child=_begin_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_begin_child)

@@ -181,9 +181,8 @@ def misses(owners: list[object]) -> list[str]:
 
 
 @pytest.mark.usefixtures("no_leaks")
-@over_each
-def test_every_public_call_in_a_child_raises(protocol: str) -> None:
-    with engines(protocol) as (reader, owner):
+def test_every_public_call_in_a_child_raises() -> None:
+    with engines("tcp") as (reader, owner):
         memory, block = owner.allocate(1 << 20), reader.allocate(1 << 20)
         memory[:] = 7
         segment = reader.open_segment("owner:1")
@@ -392,6 +391,74 @@ def test_a_new_engine_in_a_child_of_a_child(protocol: str) -> None:
 
         said = in_child(refused_below)
         assert said == [9 * 4096, False, [9 * 4096, False], []]
+
+
+USES_ETCD = """
+import gc, os, sys, threading, warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12+: fork() beside threads
+from mooncake_hpc.errors import MetadataUnavailable
+from mooncake_hpc.metadata import open_store
+from mooncake_hpc.settings import Settings
+
+def in_child(work):
+    child = os.fork()
+    if child == 0:
+        work()
+        sys.exit(0)  # by way of everything's deletion
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+def use(key):
+    mine, seen = open_store(sys.argv[1], settings), threading.Event()
+    with mine.watch(key, lambda changes: changes and seen.set()):
+        mine.publish(key, "w")
+        assert seen.wait(10) and mine.get(key) == "w" and mine.get("fork/parent") == "v"
+    return mine
+
+def use_and_delete():
+    global store
+    mine = use("fork/child")
+    del store
+    gc.collect()
+    mine.close()
+
+def fork_again():
+    mine = use("fork/middle")
+    in_child(lambda: use("fork/grandchild").close())
+    assert mine.get("fork/grandchild") is None
+    try:
+        open_store("127.0.0.1:1", Settings(metadata_timeout=0.3)).get("x")
+    except MetadataUnavailable:
+        return
+    raise AssertionError("another kind of error")
+
+settings = Settings(lease_ttl=2, metadata_timeout=10)
+store, busy = open_store(sys.argv[1], settings), True
+store.publish("fork/parent", "v")
+
+def read():
+    while busy:
+        assert store.get("fork/parent") == "v"
+
+threads = [threading.Thread(target=read) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for work in use_and_delete, fork_again, lambda: None:
+    in_child(work)
+busy = False
+for thread in threads:
+    thread.join()
+assert store.get("fork/parent") == "v" and store.get("fork/child") is None
+store.close()
+print("all well")
+"""
+
+
+@pytest.mark.parametrize("support", ["", "0"])
+def test_etcd_in_children_of_a_process_that_uses_it(etcd: str, support: str) -> None:
+    """Whatever gRPC's own support of forks is set to, and with calls under way: it is loaded once more."""
+    env = clean_env(GRPC_VERBOSITY="NONE", **({"GRPC_ENABLE_FORK_SUPPORT": support} if support else {}))
+    done = subprocess.run([sys.executable, "-c", USES_ETCD, etcd], capture_output=True, text=True, timeout=60, env=env)
+    assert done.stdout == "all well\n", done.stderr
 
 
 def test_an_embedded_etcd_is_its_starters_alone() -> None:

@@ -6,15 +6,23 @@ import inspect
 import logging
 import time
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
+from llvmlite.binding import ffi
 from numba import njit, types
 from numba.core.ccallback import CFunc
+from numba.core.compiler_lock import global_compiler_lock
 
+from mooncake_hpc import process
 from mooncake_hpc.kernels.cache import KernelCache
 
 log = logging.getLogger(__name__)
+
+# A kernel is compiled, or loaded, by whichever thread calls it first. A child of a fork in the middle of that could
+# compile nothing, for ever. (Attributes as of numba 0.60 to 0.68.)
+for guard in (global_compiler_lock, getattr(ffi.lib, "_lock", None)):
+    if (inner := getattr(guard, "_lock", None)) is not None:
+        process.finish_before_forks(inner)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -54,13 +62,15 @@ class Entry:
         words = (types.int64,) * len(inspect.signature(function).parameters)
         self._callback: Any = kept(CFunc(function, (words, types.int64), {}, {}))
         self._new: bool | None = None
+        self._address = 0
 
-    @cached_property
+    @property
     def address(self) -> int:
         """Where it is; compiled, or loaded from the cache, when first asked for."""
-        self.compile()
-        address: int = self._callback.address
-        return address
+        if not self._address:  # no cached_property: until Python 3.12 that has a lock, which a fork may find held
+            self.compile()
+            self._address = self._callback.address
+        return self._address
 
     def compile(self) -> bool:
         """Whether it was not in the cache."""

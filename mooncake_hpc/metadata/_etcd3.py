@@ -1,4 +1,4 @@
-"""One connection to one etcd endpoint. This module and `_streams` alone touch etcd3, grpc and protobuf.
+"""One connection to one etcd endpoint. This module, `_streams` and `_grpc` alone touch etcd3, grpc and protobuf.
 
 etcd3 0.12.0 cannot be imported beside protobuf 4 and later (its generated code is too old) and registers
 files named `rpc.proto` and `kv.proto` in protobuf's default pool. So it is loaded as a private copy: its
@@ -9,20 +9,20 @@ the descriptors in its own generated files, in a descriptor pool of their own.
 from __future__ import annotations
 
 import ast
-import builtins
 import importlib.metadata
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
 from mooncake_hpc import process
 from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.metadata import _grpc
 from mooncake_hpc.metadata._failures import Failure, Kind, failure_of, text_of
+from mooncake_hpc.metadata._private import PrivatePackage
 from mooncake_hpc.metadata._streams import Changing, KeyStream
 from mooncake_hpc.settings import Settings
 
@@ -62,60 +62,6 @@ class Access:
         return cls(settings.etcd_user, settings.etcd_password, settings.etcd_ca, settings.etcd_cert, settings.etcd_key)
 
 
-class _PrivatePackage:
-    """Runs the package in folder `root` without `sys.modules`; `given` modules stand in for its own."""
-
-    def __init__(self, root: Path, given: Mapping[str, ModuleType]) -> None:
-        self.root, self.modules = root, dict(given)
-        self.builtins = {**vars(builtins), "__import__": self._import}
-
-    def load(self, name: str) -> ModuleType:
-        """The module with this dotted name, run on first use, an attribute of its package."""
-        package, _, child = name.rpartition(".")
-        parent = self.load(package) if package else None
-        if name not in self.modules:
-            self._run(name)
-        if parent is not None:
-            setattr(parent, child, self.modules[name])
-        return self.modules[name]
-
-    def _run(self, name: str) -> None:
-        path = self.root.joinpath(*name.split(".")[1:])
-        is_package = path.is_dir()
-        path = path / "__init__.py" if is_package else path.with_suffix(".py")
-        private_name = f"{__name__}.{name}"  # so that its loggers are below ours
-        module = ModuleType(private_name)
-        package = name if is_package else name.rpartition(".")[0]
-        vars(module).update(__file__=str(path), __package__=package, __builtins__=self.builtins)
-        self.modules[name] = module
-        try:
-            exec(SourceFileLoader(private_name, str(path)).get_code(private_name), vars(module))  # type: ignore[arg-type]
-        except BaseException:
-            del self.modules[name]
-            raise
-
-    def _import(
-        self,
-        name: str,
-        globals: Mapping[str, Any] | None = None,
-        locals: Mapping[str, Any] | None = None,
-        fromlist: Sequence[str] | None = (),
-        level: int = 0,
-    ) -> ModuleType:
-        if level:
-            name = f"{(globals or {})['__package__']}.{name}"
-        top = name.partition(".")[0]
-        if top != self.root.name:
-            return builtins.__import__(name, globals, locals, fromlist or (), 0)
-        module = self.load(name)
-        if not fromlist:
-            return self.load(top)
-        for item in fromlist:
-            if item != "*" and not hasattr(module, item):
-                self.load(f"{name}.{item}")
-        return module
-
-
 def _messages(root: Path) -> dict[str, ModuleType]:
     """Stand-ins for etcd3's generated modules, built from the descriptors that these hold as a literal."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -145,21 +91,25 @@ def _messages(root: Path) -> dict[str, ModuleType]:
 
 _loading = process.lock()
 _etcd3: ModuleType | None = None
+_its_grpc: PrivatePackage | None = None
 
 
 def load() -> ModuleType:
-    """The private etcd3. ConfigError, which says what to install, where it or what it needs is missing."""
-    global _etcd3
+    """The private etcd3, for use in this process. ConfigError, which says what to install, where it or what it needs is
+    missing."""
+    global _etcd3, _its_grpc
     with _loading:
-        if _etcd3 is None:
-            try:
+        try:
+            grpc = _grpc.use()
+            if _etcd3 is None or grpc is not _its_grpc:
                 installed = importlib.metadata.distribution("etcd3")
                 if installed.version != VERSION:
                     raise ConfigError(f"etcd3 is {installed.version}, {VERSION} is needed: {INSTALL}")
                 root = Path(str(installed.locate_file("etcd3")))
-                _etcd3 = _PrivatePackage(root, _messages(root)).load("etcd3")
-            except ImportError as error:
-                raise ConfigError(f"etcd metadata needs the package {error.name}: {INSTALL}") from error
+                _etcd3 = PrivatePackage(root, _messages(root), [grpc] if grpc else []).load("etcd3")
+                _its_grpc = grpc
+        except ImportError as error:
+            raise ConfigError(f"etcd metadata needs the package {error.name}: {INSTALL}") from error
         return _etcd3
 
 
@@ -200,8 +150,7 @@ class Connection:
         return Client
 
     def _do(self, timeout: float, call: Callable[[Any], T]) -> T:
-        import grpc
-
+        grpc = _grpc.module()
         self._call.timeout = timeout
         try:
             if self._access.user and self._client.metadata is None:

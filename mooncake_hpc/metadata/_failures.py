@@ -5,6 +5,16 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
+# status codes of gRPC, which may be a private copy, by name
+REFUSALS = {
+    "INVALID_ARGUMENT",
+    "PERMISSION_DENIED",
+    "FAILED_PRECONDITION",
+    "RESOURCE_EXHAUSTED",
+    "UNIMPLEMENTED",
+    "NOT_FOUND",
+}
+
 
 class Kind(Enum):
     """What a failed call asks of the caller."""
@@ -30,25 +40,15 @@ def text_of(value: bytes) -> str:
 
 def failure_of(error: Any) -> Failure:
     """The Failure that a gRPC error means."""
-    from grpc import StatusCode
-
-    refusals = {
-        StatusCode.INVALID_ARGUMENT,
-        StatusCode.PERMISSION_DENIED,
-        StatusCode.FAILED_PRECONDITION,
-        StatusCode.RESOURCE_EXHAUSTED,
-        StatusCode.UNIMPLEMENTED,
-        StatusCode.NOT_FOUND,
-    }
-    code, details = error.code(), error.details() or ""
-    text = f"{code.name}: {details}" if details else code.name
+    code, details = error.code().name, error.details() or ""
+    text = f"{code}: {details}" if details else code
     if "too large" in details or "larger than max" in details:
         kind = Kind.TOO_LARGE
-    elif code is StatusCode.UNAUTHENTICATED or "auth token" in details or "auth store is old" in details:
+    elif code == "UNAUTHENTICATED" or "auth token" in details or "auth store is old" in details:
         kind = Kind.LOGIN
     elif "lease not found" in details:
         kind = Kind.LEASE
-    elif code in refusals and "too many requests" not in details:
+    elif code in REFUSALS and "too many requests" not in details:
         kind = Kind.REFUSED
     else:
         kind = Kind.UNAVAILABLE

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from queue import SimpleQueue
 from typing import Any
 
+from mooncake_hpc.metadata import _grpc
 from mooncake_hpc.metadata._failures import Failure, Kind, failure_of, text_of
 
 DELETE = 1  # mvccpb.Event.EventType
@@ -24,8 +25,7 @@ class Changing:
         self._call = call
 
     def __iter__(self) -> Iterator[list[tuple[str, str | None]]]:
-        import grpc
-
+        grpc = _grpc.module()
         try:
             for reply in self._call:
                 if reply.canceled:
@@ -86,8 +86,7 @@ class KeyStream:
                 self._forget(watch)
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
-        import grpc
-
+        grpc = _grpc.module()
         try:
             for reply in self._call:
                 if reply.canceled and (reply.created or reply.watch_id in self._ids.values()):
