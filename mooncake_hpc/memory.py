@@ -6,13 +6,16 @@ It is sealed against resizing, so that no holder can make another one die of SIG
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import itertools
 import mmap
 import os
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
@@ -143,10 +146,28 @@ def _check_size(nbytes: int) -> None:
         raise RegistrationError(f"cannot allocate {nbytes} bytes: memory and swap are {have} bytes")
 
 
-def system_memory() -> int:
+def system_memory(swap: bool = True) -> int:
+    """Bytes of memory, and of `swap`, that a process here may have: the machine's, or the limit of its cgroup."""
     with open("/proc/meminfo") as file:
         fields = dict(line.split(":", 1) for line in file)
-    return sum(int(fields[key].split()[0]) * 1024 for key in ("MemTotal", "SwapTotal"))
+    keys = ("MemTotal", "SwapTotal") if swap else ("MemTotal",)
+    return min(sum(int(fields[key].split()[0]) * 1024 for key in keys), *_cgroup_limits())
+
+
+def _cgroup_limits() -> Iterator[int]:
+    """The memory limits of our cgroup and of those above it, of version 2 or 1 (cgroups(7))."""
+    yield sys.maxsize
+    lines: list[list[str]] = []
+    with contextlib.suppress(FileNotFoundError), open("/proc/self/cgroup", errors="surrogateescape") as file:
+        lines = [line.rstrip("\n").split(":", 2) for line in file]
+    for _, controllers, path in lines:
+        if controllers not in ("", "memory"):
+            continue
+        root, name = ("", "memory.max") if not controllers else ("memory", "memory.limit_in_bytes")
+        folder = Path("/sys/fs/cgroup", root)
+        for above in (path, *map(str, PurePosixPath(path).parents)):
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                yield int((folder / above.lstrip("/") / name).read_text())
 
 
 @dataclass(frozen=True, slots=True)

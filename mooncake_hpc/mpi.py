@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 FIRST_PORT = 12345  # default segment names under a launcher are <host>:<FIRST_PORT + rank>
+LONGEST_MPICH_HOST = 63  # characters of a host's name that MPI_Init of MPICH 5 takes
+LEAST_SHARED_BYTES = 4 << 20  # in /dev/shm; with 1 MiB MPICH's MPI_Init ends by SIGBUS
 ARRIVAL = 1  # tag of the messages by which ranks arrive at rank 0
 FORWARDING = 0.3  # seconds for a launcher to pass on what a rank said: srun drops what it has not, when it kills a step
 POLL = (0.0002, 0.02)  # seconds between two tests of an MPI request: at first, and at most
@@ -119,6 +121,25 @@ def _import_mpi(launch: Launch) -> Any:
     return MPI
 
 
+def _check_host(launch: Launch) -> None:
+    """Raise ConfigError where MPICH's MPI_Init would end this process: by an abort or SIGBUS, with no word of why."""
+    if "MPICH" not in launch.launcher or "mpi4py.MPI" in sys.modules:
+        return
+    host = socket.gethostname()
+    if len(os.fsencode(host)) > LONGEST_MPICH_HOST:
+        raise ConfigError(
+            f"MPICH does not start on a host whose name has over {LONGEST_MPICH_HOST} characters: {host}; "
+            "shorten it, or take Open MPI"
+        )
+    with contextlib.suppress(OSError):
+        shared = os.statvfs("/dev/shm")
+        if shared.f_bavail * shared.f_frsize < LEAST_SHARED_BYTES:
+            raise ConfigError(
+                f"MPICH needs at least {LEAST_SHARED_BYTES} bytes in /dev/shm of {host}, of which "
+                f"{shared.f_bavail * shared.f_frsize} are free: remove files there, or mount it larger"
+            )
+
+
 @contextlib.contextmanager
 def _watch_init(launch: Launch, seconds: float) -> Iterator[None]:
     """End this process with a message where MPI_Init does not come back, as it waits for ranks without a deadline.
@@ -154,6 +175,7 @@ class World:
         ConfigError when the MPI library does not belong to the launcher or this thread may not call MPI.
         """
         self._process = process.here
+        _check_host(launch)
         with _watch_init(launch, settle):
             self._mpi = MPI = _import_mpi(launch)
         whole = comm is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -12,6 +11,7 @@ import numpy.typing as npt
 
 from mooncake_hpc import READ, REQUEST, WRITE
 from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.memory import system_memory
 
 PATTERNS = ("pairs", "fan_in", "fan_out", "all_to_all")
 MATRIX = "matrix"  # every pair by itself: see `bench.matrix`
@@ -63,7 +63,7 @@ class BenchConfig:
 
     def check_memory(self) -> None:
         """Raise ConfigError where this machine is too small for the run."""
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = system_memory(swap=False)
         for text, size in (
             ("block_size × batch_size × threads", self.footprint),
             ("buffer_size", self.buffer_size),
