@@ -57,6 +57,8 @@ set_up_venv() {
     stamp=$VENV/.mooncake-stamp
     want="$(sha256sum <"$ROOT/pyproject.toml" | cut -c1-16) $MPI $ROOT"
     [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && [ -x "$PY" ] && return
+    mkdir -p "$STATE" 2>/dev/null && [ -w "$STATE" ] ||
+        die "$VENV is not set up, and $(id -un) cannot write to $ROOT: let its owner run this once, or clone it anew"
     locked "$STATE/setup.lock" 900 make_this_venv "$stamp" "$want" || exit 1
 }
 

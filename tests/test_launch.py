@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -73,6 +74,22 @@ def test_help_sets_nothing_up(tmp_path: Path, script: str) -> None:
     head = (ROOT / "launch" / script).read_text().splitlines()[1]
     assert (result.returncode, result.stderr) == (0, "") and result.stdout.startswith(head.removeprefix("# ")), result
     assert [file.name for file in tmp_path.iterdir()] == ["launch"]
+
+
+def test_a_checkout_that_cannot_be_written_is_told() -> None:
+    """One of another user's, who has not set it up."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        shutil.copytree(ROOT / "launch", Path(folder) / "launch")
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        Path(folder).chmod(0o555)
+        command = ["bash", f"{folder}/launch/bench", "--duration=1"]
+        somebody = 65534 if os.getuid() == 0 else None
+        result = subprocess.run(
+            command, cwd="/", env={"PATH": os.environ["PATH"]}, user=somebody, capture_output=True, text=True
+        )
+        Path(folder).chmod(0o755)
+    assert result.returncode == 1 and result.stdout == "", result
+    assert "let its owner run this once" in result.stderr and len(result.stderr.splitlines()) == 1, result
 
 
 @pytest.mark.slow
