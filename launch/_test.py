@@ -51,7 +51,9 @@ def parts(fast: bool, mpirun: str, openmpi: str, pythons: list[str], extra: list
     python = sys.executable
     ruff = [python, "-m", "ruff"]
     pytest = ["-m", "pytest", "-q", *extra]
-    result = [Part("lint", [[*ruff, "check", "."], [*ruff, "format", "--check", "."], [python, "-m", "mypy"]], 300)]
+    scripts = [["bash", "-n", str(file)] for file in shell_scripts()]
+    lint = [[*ruff, "check", "."], [*ruff, "format", "--check", "."], [python, "-m", "mypy"], *scripts]
+    result = [Part("lint", lint, 300)]
     others = [f"--ignore=tests/{folder}" for folder in ("fuzz", "mpi", "p2p", "rdma", "slurm", "soak")]
     for name, marks in {"unit": "not interop", "interop": "interop"}.items():
         if not (fast and name == "interop"):
@@ -73,6 +75,13 @@ def parts(fast: bool, mpirun: str, openmpi: str, pythons: list[str], extra: list
         command = [str(ROOT / "launch" / "_rdma.sh"), str(OUT / "rdma"), *extra]
         result.append(Part("rdma", [command], 1500))
     return result
+
+
+def shell_scripts() -> list[Path]:
+    """The scripts of launch/ and slurm/, whatever their names."""
+    files = [*ROOT.glob("launch/*"), *ROOT.glob("slurm/*"), *ROOT.glob("launch/_guest/*")]
+    first = {file: file.open("rb").readline() for file in files if file.is_file() and file.suffix not in (".py", ".md")}
+    return sorted(file for file, line in first.items() if b"python" not in line)
 
 
 def python_part(python: str, pytest: list[str]) -> Part:

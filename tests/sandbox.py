@@ -200,7 +200,7 @@ class Watch:
         self.look()
 
     def _run(self) -> None:
-        while not self._end.wait(0.3):
+        while not self._end.wait(0.5):
             self.look()
 
     def look(self) -> None:

@@ -101,15 +101,25 @@ def test_every_task_of_a_step_is_no_launcher(slurm: Sandbox) -> None:
     assert result.returncode != 0 and "this is task 1 of a Slurm step" in result.stderr, result
 
 
-def test_exported_variables_and_requests_of_other_sites(slurm: Sandbox, tmp_path: Path) -> None:
-    """Few variables, among them those that would change srun's output; memory by the core; a name like a path."""
-    names = "PATH,MOONCAKE_HPC_PYTHON,MOONCAKE_HPC_LOCAL,TMPDIR,ETCD_BIN,SLURM_LABELIO,SLURM_STDOUTMODE"
+def test_exported_variables_and_requests_of_other_sites(slurm: Sandbox, tmp_path: Path, clean: Watch) -> None:
+    """Few variables, among them those that would change srun's output; memory by the core; a name like a path; peers
+    that prove to know a secret, which nothing shows."""
+    secret = tmp_path / "secret.log"
+    secret.touch(0o600)
+    secret.write_text("a-secret-of-the-peers\n")
+    clean.secrets.add("a-secret-of-the-peers")
+    names = "PATH,MOONCAKE_HPC_PYTHON,MOONCAKE_HPC_LOCAL,MOONCAKE_HPC_SECRET_FILE,TMPDIR,ETCD_BIN,SLURM_LABELIO,"
+    names += "SLURM_STDOUTMODE"
     options = [f"--export={names}", "--mem-per-cpu=100", "--exclusive", "--job-name=../a b", "--output=a-%j.out"]
     job = slurm.run(
         "all-to-all.sbatch", "--etcd-members=3", *QUICK, folder=tmp_path, options=[*options, "--nodes=3"],
-        env={"ETCD_BIN": ETCD, "SLURM_LABELIO": "1", "SLURM_STDOUTMODE": "none", "TMPDIR": "/dev/shm"},
+        env={
+            "ETCD_BIN": ETCD, "SLURM_LABELIO": "1", "SLURM_STDOUTMODE": "none", "TMPDIR": "/dev/shm",
+            "MOONCAKE_HPC_SECRET_FILE": str(secret),
+        },
     )  # fmt: skip
     assert (job.state, job.code) == ("COMPLETED", "0:0"), job.output
+    assert len(clean.secrets) == 2  # the other one is etcd's password
     assert [file.name for file in tmp_path.iterdir() if file.suffix == ".json"] == [f".._a b-{job.name}.json"]
 
 
