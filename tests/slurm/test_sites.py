@@ -108,8 +108,8 @@ def test_exported_variables_and_requests_of_other_sites(slurm: Sandbox, tmp_path
     secret.touch(0o600)
     secret.write_text("a-secret-of-the-peers\n")
     clean.secrets.add("a-secret-of-the-peers")
-    names = "PATH,MOONCAKE_HPC_PYTHON,MOONCAKE_HPC_LOCAL,MOONCAKE_HPC_SECRET_FILE,TMPDIR,ETCD_BIN,SLURM_LABELIO,"
-    names += "SLURM_STDOUTMODE"
+    names = "PATH,NUMBA_CACHE_DIR,MOONCAKE_HPC_PYTHON,MOONCAKE_HPC_LOCAL,MOONCAKE_HPC_SECRET_FILE,TMPDIR,"
+    names += "ETCD_BIN,SLURM_LABELIO,SLURM_STDOUTMODE"
     options = [f"--export={names}", "--mem-per-cpu=100", "--exclusive", "--job-name=../a b", "--output=a-%j.out"]
     job = slurm.run(
         "all-to-all.sbatch", "--etcd-members=3", *QUICK, folder=tmp_path, options=[*options, "--nodes=3"],
