@@ -159,13 +159,12 @@ _read = Reader(_Manifest, "manifest")
 
 
 def _check_tensor(part: Part, size: int) -> None:
-    """Raise ValueError unless the tensor takes `size` bytes, as far as its dtype is one of numpy's."""
-    count = math.prod(part.shape)
-    fits = size % count == 0 if count else size == 0
+    """Raise ValueError unless the tensor takes `size` bytes, as far as its dtype is one that numpy knows."""
+    fits = True
     if DTYPE.fullmatch(part.dtype):
-        with contextlib.suppress(TypeError):  # a library's dtype, or a newer numpy's
+        with contextlib.suppress(TypeError):  # a library's dtype, or a newer numpy's: its bytes are bytes here
             dtype = np.dtype(part.dtype)
-            fits = not dtype.hasobject and dtype.itemsize * count == size
+            fits = not dtype.hasobject and dtype.itemsize * math.prod(part.shape) == size
     if not fits:
         raise ValueError(f"{part.name!r}: {size} bytes for a tensor of shape {part.shape} and dtype {part.dtype!r}")
 
