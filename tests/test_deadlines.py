@@ -280,6 +280,31 @@ def test_a_stopped_peer_is_told_from_a_dead_one(protocol: str, etcd: str, monkey
             engine.check(name)
 
 
+def test_opening_and_telling_a_stopped_peer(etcd: str) -> None:
+    """Within the time-outs of the metadata store and of connecting, as there is none of their own."""
+    settings = Settings(metadata_timeout=0.5, handshake_connect_timeout=0.5)
+    with (
+        PeerProcess(etcd, "shm", "still:1") as peer,
+        TransferEngine("asking:1", etcd, protocol="shm", bind_address=HOST, settings=settings) as engine,
+    ):
+        peer.suspend()
+        with (
+            lasting(0.5, 1.5),
+            pytest.raises(PeerSilent, match=r"still:1.* within 0\.5 s .MC_HANDSHAKE"),
+        ):
+            engine.open_segment("still:1")
+        peer.resume()
+        segment = engine.open_segment("still:1")
+        peer.suspend()
+        with lasting(0.5), pytest.raises(PeerSilent, match=r"no answer within 0\.5 s"):
+            engine.notify(segment, "a", "b")
+        peer.resume()
+        peer.process.kill()
+        peer.process.wait()
+        with lasting(0), pytest.raises(PeerLost, match="its process has ended"):
+            engine.notify(segment, "a", "b")
+
+
 def test_a_peer_that_is_cut_off_is_silent(peer: PeerProcess, hole: int) -> None:
     settings = Settings(handshake_connect_timeout=0.2)
     with reaching((HOST, hole), peer, settings) as link, lasting(0.6, 2), pytest.raises(PeerSilent, match=f":{hole}: "):

@@ -116,7 +116,7 @@ class TcpLane(Lane):
             except (OSError, MooncakeError) as error:
                 if self._peer.interrupt.is_set:
                     return
-                self.last_error = str(error)
+                self.last_error = (error.strerror if isinstance(error, OSError) else None) or str(error)
                 self._failures += 1
                 if self._failures >= ATTEMPTS or isinstance(error, MooncakeError):
                     self._fail(code_of(error))
