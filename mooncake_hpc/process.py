@@ -33,9 +33,8 @@ LONGEST_WAIT_S = 60.0  # of a fork, for a lock
 class Process:
     """A process. There is one of this class in each; `here` is it."""
 
-    def __init__(self, parent: Process | None = None) -> None:
+    def __init__(self) -> None:
         self.pid = os.getpid()
-        self.parent = parent  # the process that this one was forked from, as far as that had loaded this module
 
 
 class Owned(Protocol):
@@ -114,7 +113,7 @@ def _after_fork() -> None:
 def _begin_child() -> None:
     """In a forked child, before anything else of ours."""
     global here
-    here = Process(here)
+    here = Process()
     _after_fork()
     for each in _locks:
         each._at_fork_reinit()  # type: ignore[attr-defined]  # as the standard library does with its own
@@ -130,10 +129,11 @@ def _begin_child() -> None:
 
 def _close_accepted(listening: list[bytes]) -> None:
     """Close the sockets whose local address is one of these: kernels accept connections that no object stands for."""
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        local = _local_name(fd)
-        if local and any(_is_of(local, name) for name in listening):
-            os.close(fd)
+    with contextlib.suppress(OSError):
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            local = _local_name(fd)
+            if local and any(_is_of(local, name) for name in listening):
+                os.close(fd)
 
 
 def _local_name(fd: int) -> bytes:

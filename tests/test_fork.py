@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import clean_env
+from numba.core.compiler_lock import global_compiler_lock
 
 from mooncake_hpc import REQUEST, Batch, EmbeddedEtcd, P2PStore, Segment, TransferEngine, WorkerPool
+from mooncake_hpc.address import bind_listener
 from mooncake_hpc.control import client
 from mooncake_hpc.control.frames import Kind
 from mooncake_hpc.errors import ForkError, PeerLost
@@ -251,6 +253,39 @@ def test_a_child_holds_no_socket_of_its_parent(protocol: str) -> None:
                 kept = set(in_child(lambda: sorted(sockets())))
             assert len(ours) >= 6 and others <= kept
             assert not kept & ours
+
+
+@pytest.mark.parametrize(
+    ("host", "bind_all", "reached_at"),
+    [("127.0.0.1", True, "127.0.0.2"), ("::1", False, "::1"), ("::1", True, "127.0.0.1")],
+)
+def test_connections_that_no_object_stands_for(host: str, bind_all: bool, reached_at: str) -> None:
+    """Whatever address the listener has; those of another program's listener beside it stay."""
+    listener = bind_listener(host, [0], bind_all)
+    with listener, socket.create_server(("127.0.0.1", 0)) as alien, contextlib.ExitStack() as stack:
+        accepted = []
+        for server, address in ((listener, reached_at), (alien, "127.0.0.1")):
+            stack.enter_context(socket.create_connection((address, server.getsockname()[1])))
+            accepted.append(stack.enter_context(socket.socket(fileno=server._accept()[0])))  # type: ignore[attr-defined]
+        ours, theirs = (os.readlink(f"/proc/self/fd/{each.fileno()}") for each in accepted)
+        kept = in_child(lambda: sorted(sockets()))
+        assert theirs in kept and ours not in kept
+
+
+def test_a_fork_waits_for_the_compiler() -> None:
+    """In the child nobody would ever give its lock back."""
+    inside, left = threading.Event(), threading.Event()
+
+    def compiling() -> None:
+        with global_compiler_lock:
+            inside.set()
+            left.wait(0.3)
+
+    thread = threading.Thread(target=compiling)
+    thread.start()
+    assert inside.wait(10)
+    assert in_child(lambda: global_compiler_lock._lock.acquire(timeout=5))
+    thread.join()
 
 
 def test_an_exchange_of_another_thread() -> None:
