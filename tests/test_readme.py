@@ -44,10 +44,7 @@ def test_files_that_it_names_exist() -> None:
 
 
 def test_every_variable_is_explained() -> None:
-    read = set(
-        re.findall(
-            r"\b(?:MC|MOONCAKE_HPC|NCCL|ETCD)_[A-Z0-9_]*[A-Z0-9]", (ROOT / "mooncake_hpc/settings.py").read_text()
-        )
-    )
-    told = set(re.findall(r"`([A-Z0-9_]+)`", (ROOT / "docs/variables.md").read_text()))
+    ours = r"(?:MC|MOONCAKE_HPC|NCCL|ETCD)_[A-Z0-9_]*[A-Z0-9]"  # others are told of where they matter
+    read = set(re.findall(rf"\b{ours}", (ROOT / "mooncake_hpc/settings.py").read_text()))
+    told = set(re.findall(rf"`({ours})`", (ROOT / "docs/variables.md").read_text()))
     assert len(read) > 40 and told == read
