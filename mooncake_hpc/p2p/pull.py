@@ -297,11 +297,10 @@ class Pull:
             known = self.swarm.sources.get(source)
             return self.swarm.ahead(known, time.monotonic()) if known is not None else 0
 
-    def starts(self, job: Job) -> bool:
-        """Whether its worker may touch its memory from now on."""
+    def owns(self, job: Job) -> bool:
+        """Whether an abandoned job is its worker's still: it was so before it knew of that, and so has to report it."""
         with self.lock:
-            job.started = not job.abandoned
-            return job.started
+            return job in self._jobs.get(job.shard, ())
 
     def arrived(self, source: str, job: Job, nbytes: int) -> None:
         with self.lock:

@@ -85,7 +85,7 @@ class Listener(Protocol):
 
     def window(self, source: str) -> int: ...
 
-    def starts(self, job: Job) -> bool: ...
+    def owns(self, job: Job) -> bool: ...
 
     def arrived(self, source: str, job: Job, nbytes: int) -> None: ...
 
@@ -217,8 +217,9 @@ class Worker:
         digests = copier.copy([(job.target, job.begin, job.end) for job in jobs])
         if digests != [self._manifest.digest(job.shard) for job in jobs]:
             copier.check()  # where the memory is something else now, the source has done no wrong
-        for job in jobs:
-            self._came(job, job.end)
+        for job in jobs[:-1]:
+            job.hashed = job.end
+        self._came(jobs[-1], jobs[-1].end, sum(job.end - job.begin for job in jobs[:-1]))
         self._finish(jobs, digests)
         self._more(COPIED_AT_ONCE)
 
@@ -235,7 +236,10 @@ class Worker:
 
     def _start(self, job: Job) -> bool:
         """Whether its memory may be written to from now on; if not, the job is ours no longer."""
-        if not job.started and not self._listener.starts(job):
+        if job.started:
+            return True
+        job.started = True
+        if job.abandoned and not self._listener.owns(job):
             self._jobs.remove(job)
             return False
         return True
@@ -282,9 +286,10 @@ class Worker:
             self._silence = min(2 * self._silence, SILENCE[1])
             raise PeerLost(f"segment {self.holder.segment!r} sends nothing")
 
-    def _came(self, job: Job, end: int) -> None:
-        """The bytes up to `end` are here."""
-        nbytes, job.hashed = end - job.hashed, end
+    def _came(self, job: Job, end: int, others: int = 0) -> None:
+        """The bytes up to `end` are here, and so many of other shards, which are told of at once: rates are measured
+        by when bytes come."""
+        nbytes, job.hashed = end - job.hashed + others, end
         self._heard, self._silence = time.monotonic(), SILENCE[0]
         self._listener.arrived(self.holder.segment, job, nbytes)
 

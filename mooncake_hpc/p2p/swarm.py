@@ -125,7 +125,9 @@ class Swarm:
 
     def _is_late(self, source: Source, now: float) -> bool:
         """Whether what it was asked for takes far longer than it should."""
-        left = source.time_left(now) if source.begun else 0.0
+        if not source.begun or now - next(iter(source.begun.values())) < PATIENCE:
+            return False
+        left = source.time_left(now)
         return left > PATIENCE and left > SLOW * source.backlog / (self._rate(source) or inf)
 
     def _judge(self, source: Source, now: float) -> None:
