@@ -133,7 +133,7 @@ def test_the_row_is_that_of_a_range_that_reaches_furthest() -> None:
             holding = [(end, row) for start, end, row in entries if start <= address < end]
             found = ranges.row(base, address)
             assert (found != 0) == bool(holding)
-            assert ranges.reach(base, address) == max((end for end, _ in holding), default=0)
+            assert ranges.room(base, address) == max((end - address for end, _ in holding), default=0)
             if holding:
                 furthest = max(end for end, _ in holding)
                 assert get_word(found) in {row[0] for end, row in holding if end == furthest}
