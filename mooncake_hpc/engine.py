@@ -48,7 +48,8 @@ CLOSED = "this engine was closed"  # the cause of what is lost then
 
 
 class TransferEngine:
-    """A context manager; thread-safe.
+    """A context manager; thread-safe. It belongs to the process that made it: in a forked child, all calls of it, its
+    segments and its batches raise ForkError, except `close`, which does nothing there.
 
     `name` is the segment's name, `host:port` by custom, whether or not it resolves. `metadata` is `host:port` or
     `etcd://a:1,b:2` of etcd, `P2PHANDSHAKE`, `memory://x` (one process) or a MetadataStore, which stays the
