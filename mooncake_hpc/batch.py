@@ -235,6 +235,7 @@ class Batch:
 
     def why_late(self) -> str:
         """What its lanes wait for, for messages; "" where bytes move."""
+        process.check(self)
         causes = dict.fromkeys(cause for lane in self._lanes if (cause := lane.why_late()))
         return f" ({'; '.join(causes)})" if causes else ""
 

@@ -404,6 +404,7 @@ class TransferEngine:
         Raises PeerSilent where it does not within `timeout` seconds: it is stopped, busy or cut off, and may come back;
         PeerLost where it has ended; and as `probe`.
         """
+        process.check(self)
         self._directory.probe(name, timeout)
 
     def _fence(self, connection: str, timeout: float) -> bool:
