@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from mooncake_hpc.p2p.board import Board, MemoryPool, board_size
 from mooncake_hpc.p2p.catalogue import CURRENT, Catalogue
 from mooncake_hpc.p2p.holders import Bits
 from mooncake_hpc.p2p.holding import LAST_WORDS, Held, Holdings
-from mooncake_hpc.p2p.layout import Bytes, Memory
+from mooncake_hpc.p2p.layout import Bytes, Memory, pair
 from mooncake_hpc.p2p.manifest import TENSORS, Manifest
 from mooncake_hpc.p2p.progress import Progress, Terms
 from mooncake_hpc.p2p.pull import Pull
@@ -121,12 +122,24 @@ class Replicator:
         self._engine.register_many(pieces, remote_accessible=False)
         try:
             memory = Memory([head, target, tail], low)
+            self._copy_ours(held, memory, wanted)
             held.pull = pull = self._new_pull(held, memory, wanted, lambda _: None)
             self._holdings.follow(held)
             self._run(held, pull, terms)
             return Replica(manifest, [target], pull.progress)
         finally:
             self._holdings.let_go(held)
+
+    def _copy_ours(self, held: Held, memory: Memory, wanted: Bits) -> None:
+        """Shards that this store holds itself: it is no source of its own, and may be the only holder."""
+        ours = self._holdings.get(held.manifest.name)
+        if ours is None or ours.manifest.version != held.manifest.version:
+            return
+        source = Memory(ours.arrays)
+        held.have |= ours.have & wanted
+        for shard in np.flatnonzero(held.have):
+            for here, there, nbytes in pair(memory, source, *held.manifest.span(int(shard))):
+                ctypes.memmove(here, there, nbytes)
 
     def original(
         self, checkpoint: Checkpoint, out: object, byte_range: tuple[int, int] | None, terms: Terms

@@ -218,7 +218,7 @@ def serve_reader() -> Iterator[tuple[Any, Commands]]:
                             segment.mapped(at, size)
                         except MooncakeError as error:
                             last = type(error).__name__
-                segment.close()
+                segment.close("the fuzzer has seen enough")
             except MooncakeError as error:
                 last = type(error).__name__
             finally:

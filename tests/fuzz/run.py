@@ -30,6 +30,8 @@ TARGETS = {
     "reader": ("handoff", "Reader"),
     "records": ("records", "Records"),
     "boards": ("boards", "Boards"),
+    "engines": ("machines", "Engines"),
+    "stores": ("machines", "Stores"),
     "guarded": ("guarded", "Guarded"),
 }
 CHECK_INTERVAL_S = 1.0

@@ -107,8 +107,9 @@ def mutate_json(chance: Random, value: Any) -> str:
         elif isinstance(here[key], int) and not isinstance(here[key], bool):
             here[key] = max(0, here[key] + chance.choice((-1, 1, 1 << 32, 1 << 63, -(1 << 20), here[key])))
         elif isinstance(here[key], list):
-            here[key] = here[key] * chance.choice((2, 3, 50)) if chance.random() < 0.7 else [here[key]]
-        elif isinstance(here[key], str):
+            times = chance.choice((2, 3, 50)) if len(here[key]) < 100 else 2
+            here[key] = here[key] * times if chance.random() < 0.7 else [here[key]]
+        elif isinstance(here[key], str) and len(here[key]) < 100_000:
             here[key] = here[key] + chance.choice(TEXTS) if chance.random() < 0.7 else here[key] * 50
     text = dump(value)
     if chance.random() < 0.1:

@@ -25,6 +25,7 @@ from pathlib import Path
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.metadata.embedded import EmbeddedEtcd
 from mooncake_hpc.metadata.store import open_store
+from mooncake_hpc.settings import Settings
 from soak import figures
 from soak.worker import STEADY
 
@@ -108,10 +109,12 @@ class Soak:
     samples: dict[tuple[str, str], list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
     killed: int = 0
     stopped: int = 0
+    ending: threading.Event = field(default_factory=threading.Event)  # set: end now
 
     def run(self) -> None:
         self._chance = random.Random(self.seed)
-        with EmbeddedEtcd() as etcd, open_store(etcd.endpoint) as store:
+        patient = Settings(metadata_timeout=60.0)  # a busy machine is no finding
+        with EmbeddedEtcd() as etcd, open_store(etcd.endpoint, patient) as store:
             names = [f"soak-{index}:1" for index in range(len(PROTOCOLS))]
             workers = [WorkerProcess(etcd.endpoint, index, names) for index in range(len(PROTOCOLS))]
             try:
@@ -127,7 +130,7 @@ class Soak:
         began = time.monotonic()
         interval = max(0.5, min(10.0, self.seconds / 60))
         next_sample, next_kill = began, began + self._chance.uniform(*KILL_INTERVAL_S)
-        while (now := time.monotonic()) < began + self.seconds and not self.failures:
+        while (now := time.monotonic()) < began + self.seconds and not self.failures and not self.ending.is_set():
             if now >= next_sample:
                 next_sample += interval
                 self._sample(now - began, store, workers)
@@ -142,6 +145,7 @@ class Soak:
                 self._take(worker)
                 if worker.process.poll() is not None:
                     self.failures.append(f"{worker.name} has ended by itself")
+        self.seconds = time.monotonic() - began
 
     def _disturb(self, etcd: str, worker: WorkerProcess, names: list[str]) -> WorkerProcess:
         """Kill it and start another one of its name, or stop it for a while."""
@@ -219,6 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     seed = random.randrange(1 << 30) if options.seed is None else options.seed
     soak = Soak(options.minutes * 60, seed, progress=os.isatty(1))
+    for number in (signal.SIGINT, signal.SIGTERM):  # the table of what there is
+        signal.signal(number, lambda *_: soak.ending.set())
     soak.run()
     print(f"samples: {soak.keep()}")
     return soak.report()
