@@ -219,6 +219,10 @@ def test_byte_range(opener: Open) -> None:
     assert reader.list()[0].holders.keys() == {trainer.name}
     with pytest.raises(SizeMismatch):
         reader.get_replica("o", byte_range=(0, data.nbytes + 1))
+    # the only holder, which is no source of its own
+    assert np.array_equal(
+        trainer.get_replica("o", byte_range=(SHARD - 5, 3 * SHARD)).arrays[0], data[SHARD - 5 : 3 * SHARD]
+    )
 
 
 @pytest.mark.slow
