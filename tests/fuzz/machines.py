@@ -6,6 +6,7 @@ from random import Random
 from typing import Any
 
 from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import engine
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from fuzz.engine_machine import EngineMachine, peers
@@ -13,12 +14,14 @@ from fuzz.store_machine import StoreMachine
 from fuzz.target import Case, Finding, Node, Target
 
 EXAMPLES, STEPS = 5, 40  # of a case
+engine.MAX_SHRINKING_SECONDS = 60
 
 
 class Machine(Target):
     """hypothesis makes a failing example small itself, and shows it as a program."""
 
     unit = "steps"
+    shrinks = False
     machine: type[RuleBasedStateMachine]
 
     def launch(self) -> Node:

@@ -110,8 +110,10 @@ def keep(target: Target, recent: list[Case], seed: str, number: int, found: str,
     last = recent[-1] if recent else []
     whole = [messages for case in recent for messages in case]
     target.stop()
-    case = next((c for c in (last, whole) if fails(target, c)), None)
-    if case is None:
+    case = next((c for c in (last, whole) if fails(target, c)), None) if target.shrinks else last
+    if not target.shrinks:
+        pass
+    elif case is None:
         case, found = whole, f"(not seen again alone) {found}"
     else:
         case = shrink.shrink([list(messages) for messages in case], lambda c: fails(target, c), seconds)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from mooncake_hpc import P2PStore
-from mooncake_hpc.errors import MooncakeError, ObjectExists, ObjectNotFound, P2PError, SizeMismatch
+from mooncake_hpc.errors import MooncakeError, ObjectExists, ObjectNotFound, ObjectReplaced, P2PError, SizeMismatch
 from mooncake_hpc.settings import Settings
 from mooncake_hpc.testing.peer import Bytes, pattern
 
@@ -48,13 +48,14 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(which=WHICH, name=NAMES, size=SIZES, seed=st.integers(1, 1 << 20), force=st.booleans(), same=st.booleans())
     def register(self, which: int, name: str, size: int, seed: int, force: bool, same: bool) -> None:
-        """Somebody else's object is replaced by force only; equal content makes one more holder."""
+        """Somebody else's object is replaced by force only; equal content makes one more holder. Where all holders of
+        what the name means have left, those of an older version, if there are any, may have put that in its place."""
         alive, held = self._alive(name), self._held(name)
         data = self.current[name].copy() if same and alive else pattern(seed, size)
         try:
             self.stores[which].register(name, data, force=force)
         except (ObjectExists, P2PError):
-            assert alive and not force, "refused though nothing stands against it"
+            assert (alive or held) and not force, "refused though nothing stands against it"
             return
         equal = alive and np.array_equal(data, self.current[name])
         ours = which in held and held[which][2] is self.current.get(name)
@@ -74,14 +75,19 @@ class StoreMachine(RuleBasedStateMachine):
         except ObjectNotFound:
             assert not alive
             return
+        except (ObjectReplaced, SizeMismatch):
+            assert not alive
+            return
         except P2PError:
             assert which in held and byte_range is None, "refused though it is not here"
             return
-        assert alive, "pulled from nobody"
-        begin, end = byte_range or (0, self.current[name].size)
-        assert np.array_equal(array, self.current[name][begin:end])
+        contents = [self.current[name]] if alive else [content for _, _, content in held.values()]
+        begin, end = byte_range or (0, None)
+        found = [content for content in contents if np.array_equal(array, content[begin:end])]
+        assert found, "wrong bytes, or pulled from nobody"
+        self.current[name] = found[0]
         if byte_range is None:
-            held[which] = ("replica", array, self.current[name])
+            held[which] = ("replica", array, found[0])
 
     @rule(which=WHICH, name=NAMES)
     def pull_into_wrong_memory(self, which: int, name: str) -> None:

@@ -123,6 +123,7 @@ class Target(ABC):
 
     name: str
     unit = "frames"
+    shrinks = True  # by running parts of a case; else it has made it small itself
     most: ClassVar[dict[str, int]] = {"descriptors": 64, "threads": 64, "rss_kib": 128 << 10}
     """By how much a node may grow, however long the run."""
 
