@@ -51,20 +51,33 @@ LENGTHS = (1, 1, 2, 3, 7, 8, 8, 9, 23, 24, 25, 63, 64, 65, 255, 256, 1000, 1001,
 @contextlib.contextmanager
 def serve_data(fd: int) -> Iterator[tuple[Any, Commands]]:
     """The target: an engine whose registered memory lies in the memory file `fd`."""
-    from mooncake_hpc import TransferEngine
+    memory = map_memory(fd)
+    with target_engine("tcp", memory) as engine:
+        (transport,) = engine._transports
+        yield {"port": transport.server.port, "name": engine.name}, {}
 
+
+def map_memory(fd: int) -> Any:
+    """The memory file at BASE."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 4]
     flags = mmap.MAP_SHARED | MAP_FIXED_NOREPLACE
     assert libc.mmap(BASE, PAGES * PAGE, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0) == BASE, ctypes.get_errno()
-    memory = np.ctypeslib.as_array((ctypes.c_uint8 * (PAGES * PAGE)).from_address(BASE))
-    with TransferEngine("target:1", "P2PHANDSHAKE", protocol="tcp", bind_address="127.0.0.1") as engine:
+    return np.ctypeslib.as_array((ctypes.c_uint8 * (PAGES * PAGE)).from_address(BASE))
+
+
+@contextlib.contextmanager
+def target_engine(protocol: str, memory: Any, settings: Any = None) -> Iterator[Any]:
+    """An engine with the buffers registered."""
+    from mooncake_hpc import TransferEngine
+
+    options: dict[str, Any] = {"protocol": protocol, "bind_address": "127.0.0.1", "settings": settings}
+    with TransferEngine("target:1", "P2PHANDSHAKE", **options) as engine:
         for begin, end, kind in BUFFERS:
             buffer = memory[begin:end]
             buffer.flags.writeable = kind != READ_ONLY
             engine.register(buffer, remote_accessible=kind != HIDDEN)
-        (transport,) = engine._transports
-        yield {"port": transport.server.port, "name": engine.name}, {}
+        yield engine
 
 
 class DataPort(Target):

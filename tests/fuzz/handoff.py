@@ -288,14 +288,15 @@ class Reader(Target):
         self.node.call("visit", self._address, ranges, timeout=60)
         server.join(30)
 
-    def _serve(self, replies: list[bytes]) -> None:
-        """What the next client is told at once, whatever it asks."""
+    def _serve(self, replies: list[bytes], patience: float = 0.08) -> None:
+        """What the next client is told at once, whatever it asks; who waits for more is left after so many seconds."""
         self._listener.settimeout(2)
         with contextlib.suppress(OSError):
             connection, _ = self._listener.accept()
             with connection:
-                connection.settimeout(0.08)
+                connection.settimeout(2)
                 send(connection, replies)
+                connection.settimeout(patience)
                 with contextlib.suppress(TimeoutError):
                     while connection.recv(1 << 16):
                         pass
@@ -309,7 +310,7 @@ class Reader(Target):
         value["buffers"] = [[1 << 40, FILE_BYTES, False]]
         data = json.dumps(value).encode()
         server = threading.Thread(
-            target=self._serve, args=([LENGTH.pack(len(data)) + data, FD + b"p", FD + b"f"],), daemon=True
+            target=self._serve, args=([LENGTH.pack(len(data)) + data, FD + b"p", FD + b"f"], 20.0), daemon=True
         )
         server.start()
         got = self.node.call("visit", self._address, [[1 << 40, FILE_BYTES - 200]], timeout=60)

@@ -25,6 +25,7 @@ FOUND = ROOT / ".mooncake" / "fuzz"
 TARGETS = {
     "data": ("data_port", "DataPort"),
     "rpc": ("rpc_port", "RpcPort"),
+    "stranger": ("stranger", "Stranger"),
     "handshake": ("handshake", "Handshake"),
     "handoff": ("handoff", "Handoff"),
     "reader": ("handoff", "Reader"),
