@@ -143,6 +143,7 @@ class Handoff(Target):
                     client.connect("\0" + self.node.hello["socket"])
                     with contextlib.suppress(ConnectionError):
                         send(client, messages)
+                    with contextlib.suppress(OSError):  # reset already
                         client.shutdown(socket.SHUT_WR)
                     self._take(client)
                 except TimeoutError as error:

@@ -154,7 +154,8 @@ class Stranger(DataPort):
                         client.settimeout(20)
                         message = got[-32:] if len(got) % 2 else got[-96:-64] or got[-32:]
                     client.sendall(message)
-                client.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(OSError):  # reset already
+                    client.shutdown(socket.SHUT_WR)
             with contextlib.suppress(ConnectionError):
                 while True:
                     data, received, _, _ = socket.recv_fds(client, 1 << 16, 64)
