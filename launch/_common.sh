@@ -63,3 +63,39 @@ apt_install() {
     { "${apt[@]}" update && DEBIAN_FRONTEND=noninteractive "${apt[@]}" install -y --no-install-recommends "$@"; } \
         >"$STATE/apt.log" 2>&1 </dev/null || { tail -20 "$STATE/apt.log" >&2; die "apt-get failed: $*"; }
 }
+
+find_python() {
+    local name
+    for name in "${MOONCAKE_HPC_PYTHON:-python3}" python3.13 python3.12 python3.11; do
+        if "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+            echo "$name"
+            return
+        fi
+    done
+    die "no Python 3.11 to 3.13 found; install one, or name it in MOONCAKE_HPC_PYTHON"
+}
+
+# make_venv FOLDER: with pip in it, or nothing at all.
+make_venv() {
+    local python
+    python=$(find_python) || exit 1
+    if ! "$python" -c 'import ensurepip' 2>/dev/null; then  # Debian ships it apart
+        apt_install "python$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv"
+    fi
+    "$python" -m venv "$1" || die "cannot make the virtual environment $1"
+}
+
+# pip_run PYTHON COMMAND ARGUMENT…: tried three times, as networks fail; quiet unless the last try fails.
+pip_run() {
+    local python=$1 try
+    shift
+    for try in 1 2 3; do
+        PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
+            "$python" -m pip "$@" -q >"$STATE/pip.log" 2>&1 && return
+        sleep $((try * 2))
+    done
+    tail -20 "$STATE/pip.log" >&2
+    die "pip $* failed three times; the whole log is in $STATE/pip.log"
+}
+
+pip_install() { pip_run "$1" install "${@:2}"; }

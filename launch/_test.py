@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / ".mooncake" / "test"
 NO_WAY = 125  # exit code of launch/_rdma.sh where RDMA devices cannot be had; in CI it is a failure
 SECOND_TRIES = 4  # more failures than this are no stall
+WITHOUT_REPORT = ("lint", "docs")  # parts that are no pytest
 ACCEPTED_SKIPS = ("hardware:", "Test requires", "need at least", "Tests marked")
 
 
@@ -54,6 +55,8 @@ def parts(fast: bool, mpirun: str, openmpi: str, pythons: list[str], extra: list
     scripts = [["bash", "-n", str(file)] for file in shell_scripts()]
     lint = [[*ruff, "check", "."], [*ruff, "format", "--check", "."], [python, "-m", "mypy"], *scripts]
     result = [Part("lint", lint, 300)]
+    if not fast:
+        result.append(Part("docs", [[str(ROOT / "launch" / "docs")]], 300))
     others = [f"--ignore=tests/{folder}" for folder in ("fuzz", "mpi", "p2p", "rdma", "slurm", "soak")]
     for name, marks in {"unit": "not interop", "interop": "interop"}.items():
         if not (fast and name == "interop"):
@@ -118,11 +121,11 @@ def run(part: Part) -> None:
             part.complaints.append(f"exit code {code}: {' '.join(command[:6])} …")
     if part.note:
         pass
-    elif part.name == "lint":
+    elif part.name in WITHOUT_REPORT:
         part.passed, part.failed = len(part.commands) - len(part.complaints), list(part.complaints)
     else:
         read_results(part)
-    if 0 < len(part.failed) <= SECOND_TRIES and part.name != "lint":
+    if 0 < len(part.failed) <= SECOND_TRIES and part.name not in WITHOUT_REPORT:
         second_try(part, part.limit - (time.monotonic() - start))
     part.seconds = time.monotonic() - start
     if part.complaints:
