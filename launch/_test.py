@@ -67,7 +67,7 @@ def parts(fast: bool, mpirun: str, openmpi: str, pythons: list[str], extra: list
     result.append(Part("p2p", [[*p2p, "--junitxml", str(OUT / "p2p" / "r.xml")]], 600))
     if not fast:
         fuzz = [python, *pytest, "--durations=8", "tests/fuzz", "tests/soak", "--junitxml", str(OUT / "fuzz" / "r.xml")]
-        result.append(Part("fuzz", [fuzz], 400))
+        result.append(Part("fuzz", [fuzz], 600))
         slurm = [python, *pytest, "--durations=8", "tests/slurm", "--junitxml", str(OUT / "slurm" / "r.xml")]
         result.append(Part("slurm", [slurm], 600))
     for ranks in (2,) if fast else (1, 2, 4):
