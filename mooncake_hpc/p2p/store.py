@@ -14,7 +14,7 @@ import numpy as np
 
 from mooncake_hpc import process
 from mooncake_hpc.engine import TransferEngine
-from mooncake_hpc.errors import ConfigError, ObjectExists, P2PError
+from mooncake_hpc.errors import ConfigError, MalformedRecord, ObjectExists, P2PError
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.metadata.store import open_store
 from mooncake_hpc.names import check_name, check_text
@@ -100,7 +100,7 @@ class P2PStore:
         held = Held(manifest, arrays, [], True, np.ones(manifest.shards, bool))
         self._holdings.register_memory(held, [b for b, size in zip(buffers, manifest.sizes, strict=True) if size])
         try:
-            manifest = self._publish(manifest, before is not None and before.seed, force)
+            manifest = self._publish(manifest, before is not None and self._means_ours(before), force)
             held.manifest = manifest
             self._holdings.offer(held)
         except BaseException:
@@ -109,6 +109,14 @@ class P2PStore:
         held.registered += owned
         self._holdings.replace(name, held)
         return manifest
+
+    def _means_ours(self, held: Held) -> bool:
+        """Whether the name still means what was registered here: somebody may have put a newer version in its place."""
+        try:
+            current = self._catalogue.current(held.manifest.name)
+        except MalformedRecord:  # of others, and no version of the object
+            current = None
+        return held.seed and (current is None or current.version == held.manifest.version)
 
     def _publish(self, manifest: Manifest, ours: bool, force: bool) -> Manifest:
         if self._catalogue.publish(manifest, ours, force):

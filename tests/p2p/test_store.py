@@ -225,6 +225,19 @@ def test_byte_range(opener: Open) -> None:
     )
 
 
+def test_a_holder_of_an_older_version_does_not_replace_a_newer_one(opener: Open) -> None:
+    """Both registered the same; then one of them made a new version of it."""
+    first, second = opener(), opener()
+    first.register("o", content(SHARD))
+    second.register("o", content(SHARD))
+    newer = first.register("o", content(2 * SHARD))
+    with pytest.raises(ObjectExists):
+        second.register("o", content(SHARD))
+    assert first.list()[0].version == newer.version
+    second.register("o", content(2 * SHARD))
+    assert first.list()[0].replicas == 2
+
+
 @pytest.mark.slow
 def test_progress_deadline_and_cancel(opener: Open, slow_sources: None) -> None:
     trainer, reader = opener(), opener()
