@@ -380,7 +380,7 @@ def installed() -> Iterator[Fabric]:
     ours = types.ModuleType(f"{PACKAGE}.verbs")
     ours.__dict__.update({k: v for k, v in globals().items() if not k.startswith("__")})
     hidden = {name: module for name, module in sys.modules.items() if name.startswith(f"{PACKAGE}.")}
-    kept = (f"{PACKAGE}.gid",)
+    kept = f"{PACKAGE}.gid", f"{PACKAGE}.topology"
     try:
         for name in hidden:
             if name not in kept:
