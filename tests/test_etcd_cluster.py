@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 SETTINGS = Settings(lease_ttl=5.0, metadata_timeout=6.0)
 OBJECT = pattern(3, 3 << 20)
 PATIENCE = 3.0  # seconds for keys to come back: see `Segment.refresh`
-STEPS = 3  # of each kind of traffic, during a fault and after it
+STEPS = 2  # of each kind of traffic, during a fault and after it
 
 
 class Gate:
@@ -322,10 +322,10 @@ def test_tokens_expire(tmp_path: Path) -> None:
         seen: list[str] = []
         with Traffic(cluster.spec, settings) as traffic:
             with traffic.observer.watch("auth/", lambda changes: seen.extend(v or "" for v in changes.values())):
-                end = time.monotonic() + 5.0  # several lives of a token
+                end = time.monotonic() + 3.0  # several lives of a token
                 while time.monotonic() < end:
                     traffic.go_on(1)
-                time.sleep(2.5)  # the observer's token is not used meanwhile
+                time.sleep(1.5)  # the observer's token is not used meanwhile
                 traffic.observer.publish("auth/key", "1")
                 assert eventually(lambda: seen == ["1"], 5), seen
             with stopped(cluster, cluster_leader(cluster)):
@@ -347,7 +347,11 @@ def test_a_full_database_is_told_with_the_remedy_and_left_as_soon_as_there_is_ro
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What is published stays, and transfers go on; what is new is refused. With room all goes on by itself."""
-    with Cluster(tmp_path / "full", f"--quota-backend-bytes={8 << 20}") as cluster, Traffic(cluster.spec) as traffic:
+    settings = Settings(lease_ttl=3.0, metadata_timeout=6.0)
+    with (
+        Cluster(tmp_path / "full", f"--quota-backend-bytes={8 << 20}") as cluster,
+        Traffic(cluster.spec, settings) as traffic,
+    ):
         traffic.go_on()
         everything, traffic.names = traffic.names, {"bench"}
         with open_store(cluster.spec, SETTINGS) as filler:
@@ -355,7 +359,7 @@ def test_a_full_database_is_told_with_the_remedy_and_left_as_soon_as_there_is_ro
                 for number in range(200):
                     filler.publish(f"filler/{number}", "x" * (1 << 20))
             caplog.clear()
-            end = time.monotonic() + SETTINGS.lease_ttl + 1
+            end = time.monotonic() + settings.lease_ttl + 0.5
             while time.monotonic() < end:
                 traffic.go_on(1)
             traffic.check_keys()
