@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from mooncake_hpc import READ, REQUEST, TransferEngine
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.testing.peer import PeerProcess
 
 ROUNDS = 5

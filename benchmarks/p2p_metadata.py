@@ -16,8 +16,8 @@ import numpy as np
 from mooncake_hpc.metadata.embedded import EmbeddedEtcd
 from mooncake_hpc.metadata.etcd import REQUEST_LIMIT
 from mooncake_hpc.metadata.store import open_store
-from mooncake_hpc.p2p.board import Place, board_size
-from mooncake_hpc.p2p.catalogue import Announcer, Catalogue, Holder
+from mooncake_hpc.p2p.availability import Place, board_size
+from mooncake_hpc.p2p.catalog import Announcer, Catalogue, Holder
 from mooncake_hpc.p2p.manifest import Manifest
 
 PERIOD = 0.05  # seconds in which every holder gets shards

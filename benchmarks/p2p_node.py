@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from mooncake_hpc.kernels import prepare
+from mooncake_hpc.core.request import READ, REQUEST
+from mooncake_hpc.native import prepare
 from mooncake_hpc.p2p import P2PStore
-from mooncake_hpc.request import READ, REQUEST
 
 KILLED = 9
 PATIENCE = 300.0  # seconds for one object

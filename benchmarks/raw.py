@@ -18,9 +18,9 @@ import time
 import numpy as np
 from numba import types
 
-from mooncake_hpc.kernels.compiled import kernel
-from mooncake_hpc.kernels.native import get, now, put, recv
-from mooncake_hpc.memory import MemoryFile
+from mooncake_hpc.core.memory import MemoryFile
+from mooncake_hpc.native.atomics import get, now, put, recv
+from mooncake_hpc.native.compile import kernel
 
 send = types.ExternalFunction("send", types.int64(types.int32, types.int64, types.int64, types.int32))
 WAITALL, NOSIGNAL = 0x100, 0x4000

@@ -18,8 +18,8 @@ import time
 import numpy as np
 from raw import NOSIGNAL, send, warm_memory
 
-from mooncake_hpc.kernels.compiled import kernel
-from mooncake_hpc.kernels.native import load, now, pause, put, recv, store
+from mooncake_hpc.native.atomics import load, now, pause, put, recv, store
+from mooncake_hpc.native.compile import kernel
 
 DONTWAIT = 0x40
 HEADER, ANSWER = 24, 8  # bytes that the data protocol adds to a payload

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
-from mooncake_hpc.settings import RdmaSettings, Settings
+from mooncake_hpc.core.settings import RdmaSettings, Settings
 from mooncake_hpc.testing.peer import PeerProcess
 
 MOST = 1 << 14  # requests a batch

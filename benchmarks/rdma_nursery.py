@@ -99,9 +99,9 @@ def _child(order: dict[str, object]) -> int:
 def serve() -> None:
     """Answer each line of standard input with a line of [exit code, CPU seconds]."""
     import mooncake_hpc.cli.transfer_engine_bench  # noqa: F401 - loaded before it is forked
-    from mooncake_hpc import warm
+    from mooncake_hpc.jobs import kernel_cache as warm
     from mooncake_hpc.testing import peer
-    from mooncake_hpc.testing.nursery import Nursery as Peers
+    from mooncake_hpc.testing.fork_server import Nursery as Peers
 
     with Peers("rdma") as peer.nursery:
         warm.transfer("rdma")

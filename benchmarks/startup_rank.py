@@ -22,7 +22,7 @@ def main(endpoint: str, seconds: float) -> None:
     from numba.core import event
 
     from mooncake_hpc import TransferEngine
-    from mooncake_hpc.mpi import World, default_name, detect
+    from mooncake_hpc.jobs.mpi import World, default_name, detect
 
     launch = detect()
     assert launch is not None, "start me by mpirun"

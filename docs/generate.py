@@ -17,7 +17,7 @@ from typing import Any
 
 import mooncake_hpc
 from mooncake_hpc import __main__ as program
-from mooncake_hpc import errors
+from mooncake_hpc.core import errors
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent

@@ -39,10 +39,13 @@ set_up_venv
 MPIRUN=$VENV/bin/mpirun
 [ -x "$MPIRUN" ] || MPIRUN=$(command -v mpirun || true)
 
+# As kernel_sources() in mooncake_hpc/native/cache.py.
+kernel_sources() { find "$ROOT/mooncake_hpc" -path '*/native/*.py' -o -name '*kernels.py' | sort; }
+
 # Compiled kernels are kept per version of their sources, so that a checkout never runs stale ones; compiled once,
 # before the first of a version's processes needs them all at the same time. Each Python has its own. Where others can
-# write to the checkout the kernels are kept in the home folder: mooncake_hpc/kernels/folder.py.
-kernels=$(cat "$ROOT"/mooncake_hpc/kernels/*.py | sha256sum | cut -c1-12)
+# write to the checkout the kernels are kept in the home folder: mooncake_hpc/native/cache_folder.py.
+kernels=$(kernel_sources | xargs -d "\n" cat | sha256sum | cut -c1-12)
 if [ -z "${NUMBA_CACHE_DIR:-}" ] && [ -z "$(find "$ROOT" "$STATE" -maxdepth 0 -perm /022)" ]; then
     export NUMBA_CACHE_DIR=$STATE/numba-$kernels
 fi

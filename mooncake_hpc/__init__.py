@@ -7,28 +7,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mooncake_hpc import errors
+from mooncake_hpc.core import errors
 
 if TYPE_CHECKING:
-    from mooncake_hpc.batch import Batch
-    from mooncake_hpc.engine import TransferEngine
+    from mooncake_hpc.core.request import READ, REQUEST, WRITE
+    from mooncake_hpc.core.settings import Settings
+    from mooncake_hpc.engine.batch import Batch
+    from mooncake_hpc.engine.engine import TransferEngine
+    from mooncake_hpc.engine.remote_segment import Segment
     from mooncake_hpc.metadata.embedded import EmbeddedEtcd
     from mooncake_hpc.p2p.store import P2PStore
-    from mooncake_hpc.remote import Segment
-    from mooncake_hpc.request import READ, REQUEST, WRITE
-    from mooncake_hpc.settings import Settings
     from mooncake_hpc.workers import WorkerPool
 
 _HOMES = {
-    "READ": "request",
-    "WRITE": "request",
-    "REQUEST": "request",
-    "Batch": "batch",
-    "TransferEngine": "engine",
+    "READ": "core.request",
+    "WRITE": "core.request",
+    "REQUEST": "core.request",
+    "Batch": "engine.batch",
+    "TransferEngine": "engine.engine",
     "EmbeddedEtcd": "metadata.embedded",
     "P2PStore": "p2p.store",
-    "Segment": "remote",
-    "Settings": "settings",
+    "Segment": "engine.remote_segment",
+    "Settings": "core.settings",
     "WorkerPool": "workers",
 }
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from mooncake_hpc import __version__
 from mooncake_hpc.cli import streams
 from mooncake_hpc.cli.signals import Terminated, stoppable
-from mooncake_hpc.errors import ConfigError, MooncakeError
-from mooncake_hpc.limits import limit_error
+from mooncake_hpc.core.errors import ConfigError, MooncakeError
+from mooncake_hpc.core.limits import limit_error
 
 USAGE = """usage: mooncake-hpc COMMAND [--flag=value …]
 

@@ -19,12 +19,14 @@ import pytest
 if TYPE_CHECKING:
     from sandbox import Sandbox, SiteEtcd, Watch
 
-    from mooncake_hpc.testing.nursery import Nursery
+    from mooncake_hpc.testing.fork_server import Nursery
 
 ROOT = Path(__file__).resolve().parent.parent
 RDMA_WAY = os.environ.get("MOONCAKE_TEST_RDMA", "")  # set by launch/_rdma.sh: native, rxe or guest
 # As launch/_env.sh: numba looks at the file of a kernel only, not at those of the kernels that are compiled into it.
-KERNELS = b"".join(path.read_bytes() for path in sorted((ROOT / "mooncake_hpc" / "kernels").glob("*.py")))
+PACKAGE = ROOT / "mooncake_hpc"
+SOURCES = sorted([*PACKAGE.glob("native/*.py"), *PACKAGE.rglob("*kernels.py")], key=str)
+KERNELS = b"".join(path.read_bytes() for path in SOURCES)
 os.environ.setdefault("NUMBA_CACHE_DIR", str(ROOT / ".mooncake" / f"numba-{hashlib.sha256(KERNELS).hexdigest()[:12]}"))
 LAUNCHERS = ("PMI", "PMIX", "OMPI", "PRTE", "HYDRA", "MPI", "SLURM", "MV2")
 
@@ -72,7 +74,7 @@ def etcd() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def nics() -> list[str]:
     """RDMA devices that can be used, by name. None is a failure under `launch/test rdma` and in CI."""
-    from mooncake_hpc import topology
+    from mooncake_hpc.transports.rdma import topology
 
     found = [device.name for device in topology.devices() if not device.problem]
     if not found:
@@ -86,9 +88,9 @@ def nics() -> list[str]:
 @pytest.fixture(scope="session")
 def forked_peers(nics: list[str]) -> Iterator[Nursery]:
     """Peers are forked from this process from now on: to start each costs seconds in an emulated guest."""
-    from mooncake_hpc import warm
+    from mooncake_hpc.jobs import kernel_cache as warm
     from mooncake_hpc.testing import peer
-    from mooncake_hpc.testing.nursery import Nursery
+    from mooncake_hpc.testing.fork_server import Nursery
 
     with Nursery("rdma", "tcp") as peer.nursery:
         warm.transfer("rdma")  # meanwhile: this process needs the kernels, too

@@ -22,10 +22,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from unittest import mock
 
-from mooncake_hpc import topology
-from mooncake_hpc.errors import DeviceError
-from mooncake_hpc.kernels import verbs as layout
-from mooncake_hpc.transports.rdma import gid
+from mooncake_hpc.core.errors import DeviceError
+from mooncake_hpc.transports.rdma import gid, topology
+from mooncake_hpc.transports.rdma import verbs_kernels as layout
 
 PORT_GONE, PORT_BACK, GID_CHANGED = (10,), 9, 18
 RETRY_EXCEEDED = 12

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mooncake_hpc import address
-from mooncake_hpc.address import (
+from mooncake_hpc.core import address
+from mooncake_hpc.core.address import (
     bind_listener,
     is_local,
     join,
@@ -17,9 +17,9 @@ from mooncake_hpc.address import (
     source_address,
     split,
 )
-from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.core.errors import ConfigError
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.metadata.embedded import EmbeddedEtcd
-from mooncake_hpc.settings import Settings
 
 NONAME = "no-such-host.invalid"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mooncake_hpc.authentication import (
+from mooncake_hpc.core.authentication import (
     CHALLENGE_BYTES,
     MAX_SECRET_BYTES,
     PROOF_BYTES,
@@ -21,8 +21,8 @@ from mooncake_hpc.authentication import (
     parse_networks,
     read_secret,
 )
-from mooncake_hpc.errors import AuthenticationError, ConfigError, PeerLost
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.errors import AuthenticationError, ConfigError, PeerLost
+from mooncake_hpc.core.settings import Settings
 
 KEY = b"0123456789abcdef the secret"
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
-from mooncake_hpc.errors import AuthenticationError, NameInUse, PeerLost, TransferTimeout
+from mooncake_hpc.core.errors import AuthenticationError, NameInUse, PeerLost, TransferTimeout
+from mooncake_hpc.core.settings import RdmaSettings, Settings
 from mooncake_hpc.metadata.memory import MemoryStore
 from mooncake_hpc.p2p import P2PStore
-from mooncake_hpc.settings import RdmaSettings, Settings
 from mooncake_hpc.testing.peer import PeerProcess, pattern
 
 SECRETS = {"right": "the secret of these tests", "wrong": "the secret of other tests"}

@@ -12,18 +12,19 @@ from collections.abc import Callable, Iterator
 import pytest
 from test_tcp_server import DATA, ask, dial, until
 
-from mooncake_hpc.authentication import Authentication, Expected, Purpose, Reason, Secret, parse_networks
-from mooncake_hpc.control import client, frames, proofs
+from mooncake_hpc.control import client, proofs
 from mooncake_hpc.control.server import ControlServer, Handlers, open_rpc_listener
-from mooncake_hpc.errors import AuthenticationError
-from mooncake_hpc.kernels.tcp_lists import OK, UNPROVED
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.authentication import Authentication, Expected, Purpose, Reason, Secret, parse_networks
+from mooncake_hpc.core.errors import AuthenticationError
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.transports.base import Registration
 from mooncake_hpc.transports.shm import handoff
 from mooncake_hpc.transports.shm.client import dial as dial_shm
 from mooncake_hpc.transports.shm.server import ShmServer
 from mooncake_hpc.transports.tcp import proofs as data
+from mooncake_hpc.transports.tcp.pipeline_kernels import OK, UNPROVED
 from mooncake_hpc.transports.tcp.server import TcpServer
+from mooncake_hpc.wire import rpc_frames as frames
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

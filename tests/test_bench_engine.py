@@ -14,7 +14,7 @@ from mooncake_hpc import TransferEngine
 from mooncake_hpc.bench import runner
 from mooncake_hpc.bench.node import CPU_BUFFER, Initiator, Result, Target
 from mooncake_hpc.bench.plan import BenchConfig
-from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.core.errors import ConfigError
 from mooncake_hpc.workers.pool import WorkerPool
 
 Requests = npt.NDArray[Any]

@@ -11,7 +11,7 @@ from mooncake_hpc.bench.node import Result
 from mooncake_hpc.bench.plan import BenchConfig
 from mooncake_hpc.bench.report import Units
 from mooncake_hpc.bench.runner import Measured
-from mooncake_hpc.errors import MooncakeError
+from mooncake_hpc.core.errors import MooncakeError
 
 
 @pytest.mark.parametrize("at_once", [False, True])

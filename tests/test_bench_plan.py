@@ -7,7 +7,7 @@ import pytest
 
 from mooncake_hpc import READ, REQUEST, WRITE
 from mooncake_hpc.bench.plan import PATTERNS, BenchConfig, Remote, build_requests, check_room, cover_requests, roles
-from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.core.errors import ConfigError
 
 SMALL = BenchConfig(block_size=64, batch_size=4, threads=3, buffer_size=4096)
 

@@ -15,7 +15,7 @@ from mooncake_hpc import WRITE
 from mooncake_hpc.bench.plan import BenchConfig, Remote, build_requests
 from mooncake_hpc.bench.runner import Runner
 from mooncake_hpc.bench.verify import Verifier, spans_of
-from mooncake_hpc.errors import PeerLost, TransferError
+from mooncake_hpc.core.errors import PeerLost, TransferError
 from mooncake_hpc.workers.pool import WorkerPool
 
 BLOCK, BATCH, THREADS = 4096, 8, 2

@@ -18,10 +18,10 @@ import pytest
 from conftest import Start, clean_env
 
 from mooncake_hpc.__main__ import COMMANDS, main
-from mooncake_hpc.address import is_local
+from mooncake_hpc.core.address import is_local
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.metadata.embedded import EmbeddedEtcd
 from mooncake_hpc.metadata.store import open_store
-from mooncake_hpc.settings import Settings
 
 BENCH = (sys.executable, "-m", "mooncake_hpc", "bench")
 FINAL = re.compile(r"^Test completed: duration (\d+\.\d\d), batch count (\d+), throughput (\d+\.\d\d) GB/s$")
@@ -329,7 +329,7 @@ def test_embedded_etcd_ends_with_its_input() -> None:
 
 def test_warm_does_nothing_twice_but_knows_processors_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mooncake_hpc.cli import warm
-    from mooncake_hpc.kernels import files
+    from mooncake_hpc.native import cache_files as files
 
     monkeypatch.delenv("NUMBA_CPU_NAME", raising=False)
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))

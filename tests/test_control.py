@@ -16,12 +16,11 @@ from typing import Any
 
 import pytest
 
-from mooncake_hpc.address import bind_listener, is_local, join
-from mooncake_hpc.control import client, frames, server
+from mooncake_hpc.control import client, server
 from mooncake_hpc.control.directory import Directory, RpcRecord
-from mooncake_hpc.control.frames import Kind
 from mooncake_hpc.control.server import ControlServer, Handlers, Notifications, open_rpc_listener
-from mooncake_hpc.errors import (
+from mooncake_hpc.core.address import bind_listener, is_local, join
+from mooncake_hpc.core.errors import (
     ConfigError,
     MetadataError,
     MetadataUnavailable,
@@ -30,10 +29,12 @@ from mooncake_hpc.errors import (
     SegmentNotFound,
     TransferError,
 )
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.metadata.memory import MemoryStore
-from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.wire import rpc_frames as frames
+from mooncake_hpc.wire.descriptor import BufferDescriptor, SegmentDescriptor
+from mooncake_hpc.wire.rpc_frames import Kind
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -580,7 +581,7 @@ def test_beside_a_metadata_server_metadata_is_null(store: MemoryStore) -> None:
 OWNER = """
 import sys, time
 from mooncake_hpc.control.server import ControlServer, Handlers, open_rpc_listener
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.settings import Settings
 known = Settings()
 running = ControlServer(open_rpc_listener("a", "127.0.0.1", known), Handlers(generation="g1"), known)
 print(running.port, flush=True)

@@ -13,8 +13,15 @@ import numpy as np
 import pytest
 
 from mooncake_hpc import READ, WRITE, TransferEngine
-from mooncake_hpc.errors import AddressRejected, NameInUse, PeerLost, PeerSilent, TransferCancelled, TransferTimeout
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.errors import (
+    AddressRejected,
+    NameInUse,
+    PeerLost,
+    PeerSilent,
+    TransferCancelled,
+    TransferTimeout,
+)
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.testing.link import Link, linked, requests
 from mooncake_hpc.testing.peer import Bytes, PeerProcess
 from mooncake_hpc.transports.shm import handoff

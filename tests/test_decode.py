@@ -15,22 +15,23 @@ import numpy as np
 import pytest
 from fuzz.values import NUMBERS, TEXTS, Raw, dump, places
 
-from mooncake_hpc import decode
-from mooncake_hpc.control import client, frames, server
+from mooncake_hpc.control import client, server
 from mooncake_hpc.control.directory import RpcRecord
-from mooncake_hpc.control.frames import Kind
-from mooncake_hpc.decode import Reader, warn_once
-from mooncake_hpc.errors import MalformedRecord
-from mooncake_hpc.p2p import catalogue
-from mooncake_hpc.p2p.board import Place
-from mooncake_hpc.p2p.catalogue import Holder, version_of
+from mooncake_hpc.core import decode
+from mooncake_hpc.core.decode import Reader, warn_once
+from mooncake_hpc.core.errors import MalformedRecord
+from mooncake_hpc.p2p import catalog as catalogue
+from mooncake_hpc.p2p.availability import Place
+from mooncake_hpc.p2p.catalog import Holder, version_of
 from mooncake_hpc.p2p.layout import Layout
 from mooncake_hpc.p2p.manifest import Manifest, Part
-from mooncake_hpc.p2p.upstream import Checkpoint
-from mooncake_hpc.segment import BufferDescriptor, DeviceDescriptor, SegmentDescriptor
+from mooncake_hpc.p2p.mooncake_payload import Checkpoint
 from mooncake_hpc.transports.base import Tables
-from mooncake_hpc.transports.rdma.handshake import Hello
 from mooncake_hpc.transports.shm import handoff
+from mooncake_hpc.wire import rpc_frames as frames
+from mooncake_hpc.wire.descriptor import BufferDescriptor, DeviceDescriptor, SegmentDescriptor
+from mooncake_hpc.wire.rdma_handshake import Hello
+from mooncake_hpc.wire.rpc_frames import Kind
 
 WORD = 1 << 64
 GID = "00:00:00:00:00:00:00:00:00:00:ff:ff:0a:4d:00:01"

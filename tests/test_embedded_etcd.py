@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from mooncake_hpc.errors import ConfigError, MetadataError
+from mooncake_hpc.core.errors import ConfigError, MetadataError
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.metadata import embedded, open_store
 from mooncake_hpc.metadata.embedded import EmbeddedEtcd
-from mooncake_hpc.settings import Settings
 
 SETTINGS = Settings(lease_ttl=1, metadata_timeout=2)
 

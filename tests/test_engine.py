@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
-from mooncake_hpc.errors import (
+from mooncake_hpc.core.errors import (
     ConfigError,
     MooncakeError,
     PeerLost,
@@ -25,9 +25,9 @@ from mooncake_hpc.errors import (
     SegmentNotFound,
     TransferTimeout,
 )
-from mooncake_hpc.memory import describe
+from mooncake_hpc.core.memory import describe
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.metadata import open_store
-from mooncake_hpc.settings import Settings
 from mooncake_hpc.testing.link import Link, linked
 from mooncake_hpc.testing.peer import digest, pattern
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from mooncake_hpc import errors
+from mooncake_hpc.core import errors
 
 
 def drawn() -> dict[str, set[str]]:

@@ -21,10 +21,10 @@ import pytest
 from test_metadata import Etcd, eventually
 
 from mooncake_hpc import P2PStore, TransferEngine
-from mooncake_hpc.errors import MetadataError, ObjectNotFound
+from mooncake_hpc.core.errors import MetadataError, ObjectNotFound
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.metadata import open_store
 from mooncake_hpc.metadata.embedded import find_etcd
-from mooncake_hpc.settings import Settings
 from mooncake_hpc.testing.peer import PeerProcess, digest, pattern
 
 pytestmark = pytest.mark.slow

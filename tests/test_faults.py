@@ -16,7 +16,7 @@ import pytest
 from test_metadata import Etcd
 
 from mooncake_hpc import READ, WRITE, TransferEngine
-from mooncake_hpc.errors import (
+from mooncake_hpc.core.errors import (
     ConfigError,
     MetadataError,
     MetadataUnavailable,
@@ -24,7 +24,7 @@ from mooncake_hpc.errors import (
     SegmentNotFound,
     TransferTimeout,
 )
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.testing.link import Link, linked, requests
 from mooncake_hpc.testing.peer import PeerProcess, digest
 from mooncake_hpc.transports.shm.client import dial

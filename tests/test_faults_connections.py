@@ -14,7 +14,7 @@ import pytest
 from cutting import LateProxy, Outsider
 
 from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.testing.link import Link
 from mooncake_hpc.testing.peer import PeerProcess
 

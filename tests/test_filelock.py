@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Start, clean_env
 
-from mooncake_hpc.errors import LockHeld
-from mooncake_hpc.filelock import FileLock
+from mooncake_hpc.core.errors import LockHeld
+from mooncake_hpc.core.filelock import FileLock
 
 WAYS = ["flock", "none"]
 HOLD = "lock = FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); sys.stdin.read()"
@@ -27,7 +27,7 @@ for _ in range(30):
 
 
 def command(way: str, code: str, *words: str) -> list[str]:
-    prelude = "import os, sys\nfrom mooncake_hpc.filelock import FileLock\n"
+    prelude = "import os, sys\nfrom mooncake_hpc.core.filelock import FileLock\n"
     without = [sys.executable, str(ROOT / "tests" / "no_flock.py")] if way == "none" else []
     return [*without, sys.executable, "-P", "-c", prelude + code, *words]
 

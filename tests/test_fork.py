@@ -26,17 +26,17 @@ from conftest import clean_env
 from numba.core.compiler_lock import global_compiler_lock
 
 from mooncake_hpc import REQUEST, Batch, EmbeddedEtcd, P2PStore, Segment, TransferEngine, WorkerPool
-from mooncake_hpc.address import bind_listener
 from mooncake_hpc.control import client
-from mooncake_hpc.control.frames import Kind
-from mooncake_hpc.errors import ForkError, PeerLost
-from mooncake_hpc.memory import MemoryFile
+from mooncake_hpc.core.address import bind_listener
+from mooncake_hpc.core.errors import ForkError, PeerLost
+from mooncake_hpc.core.memory import MemoryFile
+from mooncake_hpc.core.process import here
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.jobs.mpi import World
 from mooncake_hpc.metadata.etcd import EtcdStore
 from mooncake_hpc.metadata.memory import MemoryStore
-from mooncake_hpc.mpi import World
-from mooncake_hpc.process import here
-from mooncake_hpc.settings import Settings
 from mooncake_hpc.testing.peer import PeerProcess
+from mooncake_hpc.wire.rpc_frames import Kind
 
 SETTINGS = Settings(metadata_timeout=5, lease_ttl=2)
 TRANSPORTS = ["tcp", "shm"]
@@ -431,9 +431,9 @@ def test_a_new_engine_in_a_child_of_a_child(protocol: str) -> None:
 USES_ETCD = """
 import gc, os, sys, threading, warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12+: fork() beside threads
-from mooncake_hpc.errors import MetadataUnavailable
+from mooncake_hpc.core.errors import MetadataUnavailable
 from mooncake_hpc.metadata import open_store
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.settings import Settings
 
 def in_child(work):
     child = os.fork()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mooncake_hpc.cli.gflags import Flag, FlagSet, Parsed
-from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.core.errors import ConfigError
 
 FLAGS = FlagSet(
     "demo",

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from sysfs_tree import GidRow, add_device
 
-from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.errors import ConfigError
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.transports.rdma.gid import ROCE_V1_OR_IB, ROCE_V2, Gid, candidates, rank
 
 AUTO = Settings.from_env({})

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 
 from mooncake_hpc import TransferEngine
-from mooncake_hpc.errors import ConfigError, MalformedRecord, MooncakeError, NameInUse, PeerLost
-from mooncake_hpc.memory import SIZE_SEALS
+from mooncake_hpc.core.errors import ConfigError, MalformedRecord, MooncakeError, NameInUse, PeerLost
+from mooncake_hpc.core.memory import SIZE_SEALS
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.metadata.memory import MemoryStore
 from mooncake_hpc.metadata.store import open_store
-from mooncake_hpc.segment import SegmentDescriptor
-from mooncake_hpc.settings import Settings
 from mooncake_hpc.transports.shm import handoff
+from mooncake_hpc.wire.descriptor import SegmentDescriptor
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -14,10 +14,10 @@ from interop import NEWEST, OUR_BENCH, VERSIONS, Peer, bench_target, peer_bench,
 from test_interop_bench import our_name, published, unused_name
 
 from mooncake_hpc import TransferEngine
-from mooncake_hpc.authentication import Authentication, Reason, Secret
 from mooncake_hpc.control import client
-from mooncake_hpc.errors import AuthenticationError
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.authentication import Authentication, Reason, Secret
+from mooncake_hpc.core.errors import AuthenticationError
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.transports.tcp import proofs
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(120)]

@@ -17,10 +17,10 @@ from interop import NEWEST, OUR_BENCH, PORT, VERSIONS, Peer, bench_target, peer_
 
 from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
 from mooncake_hpc.control.client import exchange
-from mooncake_hpc.control.frames import Kind
-from mooncake_hpc.errors import PeerLost
+from mooncake_hpc.core.errors import PeerLost
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.metadata.store import open_store
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.wire.rpc_frames import Kind
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(180)]
 

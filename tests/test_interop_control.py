@@ -8,15 +8,15 @@ from collections.abc import Iterator
 import pytest
 from interop import VERSIONS, Peer
 
-from mooncake_hpc.address import bind_listener, join
 from mooncake_hpc.control import client
 from mooncake_hpc.control.directory import Directory
-from mooncake_hpc.control.frames import Kind
 from mooncake_hpc.control.server import ControlServer, Handlers, Notifications, open_rpc_listener
-from mooncake_hpc.errors import NameInUse
+from mooncake_hpc.core.address import bind_listener, join
+from mooncake_hpc.core.errors import NameInUse
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.metadata.memory import MemoryStore
-from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.wire.descriptor import BufferDescriptor, SegmentDescriptor
+from mooncake_hpc.wire.rpc_frames import Kind
 
 pytestmark = pytest.mark.interop
 

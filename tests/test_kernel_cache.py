@@ -12,12 +12,12 @@ import pytest
 from conftest import ROOT, clean_env
 
 from mooncake_hpc.cli import warm
-from mooncake_hpc.kernels import files
-from mooncake_hpc.kernels.folder import choose, distrust
+from mooncake_hpc.native import cache_files as files
+from mooncake_hpc.native.cache_folder import choose, distrust
 
 ONE_KERNEL = """
 from numba import types
-from mooncake_hpc.kernels import spin
+from mooncake_hpc.native import spin
 spin.budget.compile((types.int64,))
 print("kept" if sum(spin.budget.stats.cache_hits.values()) else "compiled")
 """
@@ -212,7 +212,7 @@ HOST = """
 import os, numba
 from numba import njit
 before = dict(os.environ), numba.config.CACHE_DIR
-from mooncake_hpc.kernels import spin
+from mooncake_hpc.native import spin
 spin.budget.compile((numba.types.int64,))
 assert sum(spin.budget.stats.cache_hits.values()) == 1
 @njit
@@ -249,7 +249,7 @@ def test_warm_follows_no_link_in_the_place_of_its_lock(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("kept")
     (tmp_path / "cache").mkdir(mode=0o700)
     (tmp_path / "cache" / "warm.lock").symlink_to(tmp_path / "precious")
-    from mooncake_hpc.warm import _one_at_a_time
+    from mooncake_hpc.jobs.kernel_cache import _one_at_a_time
 
     with _one_at_a_time(str(tmp_path / "cache")):
         pass

@@ -174,7 +174,7 @@ def test_what_a_node_does_not_have_is_told_once_and_before_etcd_starts(
 
 
 UNWELL = """
-from mooncake_hpc.mpi import World, detect
+from mooncake_hpc.jobs.mpi import World, detect
 world = World(detect())
 with world.guarded():
     if world.rank == 1:

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, clean_env
 
-from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.launchers import binding, hostfile, srun
-from mooncake_hpc.launchers.base import Host, Job
-from mooncake_hpc.launchers.choice import environment, identify
-from mooncake_hpc.launchers.intel import INTEL
-from mooncake_hpc.launchers.mpich import MPICH, NAMING
-from mooncake_hpc.launchers.openmpi import OPENMPI
+from mooncake_hpc.core.errors import ConfigError
+from mooncake_hpc.jobs.launchers import binding, hostfile, srun
+from mooncake_hpc.jobs.launchers.base import Host, Job
+from mooncake_hpc.jobs.launchers.choice import environment, identify
+from mooncake_hpc.jobs.launchers.intel import INTEL
+from mooncake_hpc.jobs.launchers.mpich import MPICH, NAMING
+from mooncake_hpc.jobs.launchers.openmpi import OPENMPI
 
 HERE = Job(2, ["prog", "--x"])
 THERE = Job(3, ["prog"], (Host("h0", 2), Host("h1", 2), Host("h2")), ("A", "B"), "/bin/shell", True, True)

@@ -16,15 +16,15 @@ from test_cli import SMALL
 COMMAND = [sys.executable, "-P", "-m", "mooncake_hpc"]
 EXCHANGE = """
 import sys
-from mooncake_hpc.errors import MooncakeError
-from mooncake_hpc.warm import transfer
+from mooncake_hpc.core.errors import MooncakeError
+from mooncake_hpc.jobs.kernel_cache import transfer
 try:
     transfer(sys.argv[1])
 except MooncakeError as error:
     sys.exit(f"{type(error).__name__}: {error}")
 print("works")
 """
-SHOW_FOLDER = "from mooncake_hpc.kernels.folder import kernel_folder; print(kernel_folder())"
+SHOW_FOLDER = "from mooncake_hpc.native.cache_folder import kernel_folder; print(kernel_folder())"
 SET_HOST_NAME = """
 import ctypes, os, sys
 libc, name = ctypes.CDLL(None, use_errno=True), os.fsencode(sys.argv[1])

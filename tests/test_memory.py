@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mooncake_hpc.errors import RegistrationError
-from mooncake_hpc.memory import MemoryFile, containing, describe
+from mooncake_hpc.core.errors import RegistrationError
+from mooncake_hpc.core.memory import MemoryFile, containing, describe
 
 
 def open_descriptors() -> set[str]:
@@ -27,7 +27,7 @@ def maps(name: str) -> int:
 
 def test_another_process_maps_the_same_bytes() -> None:
     code = (
-        "import sys; from mooncake_hpc.memory import MemoryFile\n"
+        "import sys; from mooncake_hpc.core.memory import MemoryFile\n"
         "m = MemoryFile.attach(int(sys.argv[1])); assert m.array[7] == 9; m.array[8] = 10"
     )
     with MemoryFile(10_000) as memory:

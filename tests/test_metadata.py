@@ -18,10 +18,10 @@ from uuid import uuid4
 
 import pytest
 
-from mooncake_hpc.errors import ConfigError, MetadataError, MetadataUnavailable
+from mooncake_hpc.core.errors import ConfigError, MetadataError, MetadataUnavailable
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.metadata import MetadataStore, open_store
 from mooncake_hpc.metadata.embedded import EmbeddedEtcd, find_etcd
-from mooncake_hpc.settings import Settings
 from mooncake_hpc.testing.metadata import MetadataStoreConformance, Open
 
 TTL = 1.0
@@ -31,7 +31,7 @@ CHECKOUT = Path(__file__).parents[1]
 PUBLISHER = """
 import sys
 from mooncake_hpc.metadata import open_store
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.settings import Settings
 store = open_store(sys.argv[1], Settings(lease_ttl=1, metadata_timeout=2))
 for pair in sys.argv[2:]:
     store.publish(*pair.split("="))

@@ -18,7 +18,7 @@ VENVS = CHECKOUT / ".mooncake" / "venvs"  # kept between runs
 USE = """
 import sys
 from mooncake_hpc.metadata import open_store
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.settings import Settings
 def use():
     with open_store(sys.argv[1], Settings(lease_ttl=1, metadata_timeout=5)) as store:
         store.publish("host/k", "v")
@@ -144,7 +144,7 @@ def test_a_forked_child_cannot_harm_its_parents_store(etcd: EmbeddedEtcd) -> Non
     program = """
 import os
 import warnings
-from mooncake_hpc.errors import ForkError
+from mooncake_hpc.core.errors import ForkError
 warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12+: fork() beside threads
 settings = Settings(lease_ttl=1, metadata_timeout=5)
 store = open_store(sys.argv[1], settings)

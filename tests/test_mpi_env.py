@@ -9,9 +9,9 @@ import sys
 import pytest
 from conftest import ROOT, clean_env
 
-from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.hosts import Host, shared_address
-from mooncake_hpc.mpi import Launch, default_name, detect
+from mooncake_hpc.core.errors import ConfigError
+from mooncake_hpc.jobs.hosts import Host, shared_address
+from mooncake_hpc.jobs.mpi import Launch, default_name, detect
 
 HERE = Host.here()
 
@@ -94,7 +94,7 @@ def test_no_mpi_is_needed_where_none_is_used() -> None:
         import sys
         sys.modules["mpi4py"] = None  # an import of it fails
         import numpy as np, mooncake_hpc as mh
-        from mooncake_hpc.mpi import detect
+        from mooncake_hpc.jobs.mpi import detect
         assert detect({"PMIX_RANK": "1", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}).rank == 1
         here = dict(protocol="tcp", bind_address="127.0.0.1")
         with mh.TransferEngine("a:1", "memory://x", **here) as a, mh.TransferEngine("b:1", "memory://x", **here) as b:
@@ -113,8 +113,8 @@ def test_mpi_of_a_host_program_is_used_as_it_is() -> None:
         import mpi4py
         mpi4py.rc.initialize = mpi4py.rc.finalize = False
         from mpi4py import MPI
-        from mooncake_hpc.errors import ConfigError
-        from mooncake_hpc.mpi import Launch, World
+        from mooncake_hpc.core.errors import ConfigError
+        from mooncake_hpc.jobs.mpi import Launch, World
         refused = []
         def refuse():
             try:

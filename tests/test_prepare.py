@@ -5,8 +5,8 @@ import mmap
 import numpy as np
 import pytest
 
-from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.kernels import prepare
+from mooncake_hpc.core.errors import ConfigError
+from mooncake_hpc.native import prepare
 
 MASK = (1 << 64) - 1
 EDGES = [(0, 1), (0, 8), (1, 7), (3, 5), (5, 64), (7, 4099), (8, 4096), (2**40 + 3, 70_001)]

@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from mooncake_hpc.kernels import ranges
-from mooncake_hpc.kernels.native import word
+from mooncake_hpc.native import ranges
+from mooncake_hpc.native.atomics import word
 
 TOP = 1 << 64
 SIGN = 1 << 63

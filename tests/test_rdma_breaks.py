@@ -19,7 +19,7 @@ import pytest
 from fake_fabric import Fabric, QueuePair
 
 from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
-from mooncake_hpc.settings import RdmaSettings, Settings
+from mooncake_hpc.core.settings import RdmaSettings, Settings
 
 POINTS = 200  # connections broken in a test, each with work requests under way
 BLOCKS = [64, 4096, 65_536, 150_000]  # bytes of the requests of a round, six times over

@@ -21,12 +21,12 @@ import pytest
 from fake_fabric import Fabric
 
 from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
-from mooncake_hpc.errors import AddressRejected, PeerLost, TransferCancelled, TransferError, TransferTimeout
-from mooncake_hpc.kernels import rails
-from mooncake_hpc.kernels.rdma import UNDRAINED
-from mooncake_hpc.settings import RdmaSettings, Settings
+from mooncake_hpc.core.errors import AddressRejected, PeerLost, TransferCancelled, TransferError, TransferTimeout
+from mooncake_hpc.core.settings import RdmaSettings, Settings
 from mooncake_hpc.testing.peer import pattern
-from mooncake_hpc.transports.rdma.handshake import Hello
+from mooncake_hpc.transports.rdma import rail_kernels as rails
+from mooncake_hpc.transports.rdma.poll_kernels import UNDRAINED
+from mooncake_hpc.wire.rdma_handshake import Hello
 
 SIZE = 3 << 20
 numbers = itertools.count()
@@ -556,7 +556,7 @@ def test_a_peer_that_was_replaced(fabric: Fabric) -> None:
 
 def test_peers_whose_handshakes_tell_no_gid(fabric: Fabric, monkeypatch: pytest.MonkeyPatch) -> None:
     """As originals before 0.3.11: it stands in their descriptors, for both roles."""
-    from mooncake_hpc.transports.rdma.handshake import Hello
+    from mooncake_hpc.wire.rdma_handshake import Hello
 
     told = Hello.to_json
     monkeypatch.setattr(Hello, "to_json", lambda self: told(replace(self, gid=b"", ready=None, mtu=0)))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.settings import RdmaSettings, Settings
+from mooncake_hpc.core.errors import ConfigError
+from mooncake_hpc.core.settings import RdmaSettings, Settings
 
 RDMA = {
     "MC_GID_INDEX": ("3", "gid_index", 3),

@@ -8,11 +8,11 @@ import random
 
 import pytest
 
-from mooncake_hpc.errors import MalformedRecord
-from mooncake_hpc.kernels import ranges
-from mooncake_hpc.transports.rdma.handshake import Hello
+from mooncake_hpc.core.errors import MalformedRecord
+from mooncake_hpc.native import ranges
 from mooncake_hpc.transports.rdma.paths import Path, plan
 from mooncake_hpc.transports.rdma.sieve import Sieve
+from mooncake_hpc.wire.rdma_handshake import Hello
 
 GID = bytes(10) + b"\xff\xff\x0a\x4d\x00\x01"
 

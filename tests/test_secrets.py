@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from conftest import Start, clean_env
 
-from mooncake_hpc.errors import ConfigError, MetadataError
+from mooncake_hpc.core.errors import ConfigError, MetadataError
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.jobs.job_etcd import own_metadata
 from mooncake_hpc.metadata._etcd3 import Access
 from mooncake_hpc.metadata.embedded import EmbeddedEtcd
-from mooncake_hpc.metadata.shared import own_metadata
 from mooncake_hpc.metadata.store import open_store
-from mooncake_hpc.settings import Settings
 
 PASSWORD, WRONG = "marker-8QzK1", "marker-wrong-77"
 MODULE = [sys.executable, "-m", "mooncake_hpc"]

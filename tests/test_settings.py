@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.errors import ConfigError
+from mooncake_hpc.core.settings import Settings
 
 
 def test_an_empty_environment_means_the_defaults() -> None:

@@ -14,13 +14,13 @@ from typing import Any, cast
 import pytest
 from conftest import Start, clean_env
 
-from mooncake_hpc.address import P2PHANDSHAKE
-from mooncake_hpc.errors import MetadataError, MetadataUnavailable
-from mooncake_hpc.hosts import Host
-from mooncake_hpc.metadata.shared import job_metadata, login_variables, own_metadata
+from mooncake_hpc.core.address import P2PHANDSHAKE
+from mooncake_hpc.core.errors import MetadataError, MetadataUnavailable
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.jobs.hosts import Host
+from mooncake_hpc.jobs.job_etcd import job_metadata, login_variables, own_metadata
+from mooncake_hpc.jobs.mpi import World
 from mooncake_hpc.metadata.store import open_store
-from mooncake_hpc.mpi import World
-from mooncake_hpc.settings import Settings
 
 HERE = Host.here()
 ELSEWHERE = Host("elsewhere", "another-boot", "net:[1]", ("127.0.0.3",))

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 import pytest
 from test_tcp_options import send_buffer
 
-from mooncake_hpc.kernels import tcp_accept
 from mooncake_hpc.testing.peer import pattern
 from mooncake_hpc.transports.base import Registration
+from mooncake_hpc.transports.tcp import accept_kernels as tcp_accept
 from mooncake_hpc.transports.tcp import server as module
 from mooncake_hpc.transports.tcp.options import set_options
 from mooncake_hpc.transports.tcp.server import TcpServer

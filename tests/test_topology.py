@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from sysfs_tree import add_device, add_nodes
 
-from mooncake_hpc import topology
-from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.libstdcxx import iteration_order
-from mooncake_hpc.settings import Settings
-from mooncake_hpc.topology import Topology
+from mooncake_hpc.core.errors import ConfigError
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.transports.rdma import topology
+from mooncake_hpc.transports.rdma.topology import Topology
+from mooncake_hpc.wire.libstdcxx_order import iteration_order
 
 AUTO = Settings.from_env({})
 EIGHT_GPUS = {f"cuda:{i}": ((f"mlx5_{i}",), tuple(f"mlx5_{j}" for j in range(8) if j != i)) for i in range(8)}

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from mooncake_hpc import topology
-from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.settings import Settings
-from mooncake_hpc.topology import NOWHERE, Device
+from mooncake_hpc.core.errors import ConfigError
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.transports.choice import Asked, Choice, choose, choose_here
+from mooncake_hpc.transports.rdma import topology
+from mooncake_hpc.transports.rdma.topology import NOWHERE, Device
 
 UP = Device("rxe0", NOWHERE, (1,), Path("/dev/null"))
 ALSO_UP = Device("rxe1", NOWHERE, (1,), Path("/dev/null"))

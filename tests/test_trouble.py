@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from mooncake_hpc import TransferEngine
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.core.trouble import FIRST_PAUSE_S, Trouble
 from mooncake_hpc.metadata.etcd import EtcdStore
 from mooncake_hpc.metadata.store import open_store
-from mooncake_hpc.settings import Settings
 from mooncake_hpc.transports.tcp.client import TcpLane
-from mooncake_hpc.trouble import FIRST_PAUSE_S, Trouble
 
 SETTINGS = Settings(lease_ttl=1.0)
 

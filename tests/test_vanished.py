@@ -28,7 +28,7 @@ FOUND = 3  # seconds, instead of VANISHED_S
 TARGET = f"""
 import json, sys
 from mooncake_hpc import TransferEngine
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.transports.tcp import options
 options.IDLE_S, options.INTERVAL_S, options.PROBES, options.VANISHED_S = 1, 1, 2, {FOUND}
 settings = Settings(tcp_progress_timeout={FOUND})

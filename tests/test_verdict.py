@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from mooncake_hpc import verdict
-from mooncake_hpc.verdict import Failure, Verdict, causes
+from mooncake_hpc.jobs import failures as verdict
+from mooncake_hpc.jobs.failures import Failure, Verdict, causes
 
 
 def failure(rank: int, cause: str, *suspects: int) -> Failure:

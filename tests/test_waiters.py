@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from mooncake_hpc import REQUEST, Batch, TransferEngine
-from mooncake_hpc.errors import PeerLost, TransferCancelled
+from mooncake_hpc.core.errors import PeerLost, TransferCancelled
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.metadata.embedded import find_etcd
-from mooncake_hpc.settings import Settings
 from mooncake_hpc.testing.peer import PeerProcess
 
 SIZE = 1 << 20

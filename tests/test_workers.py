@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mooncake_hpc.errors import ConfigError, ForkError, TransferTimeout, WorkerError
-from mooncake_hpc.kernels import prepare, ring
-from mooncake_hpc.memory import MemoryFile
+from mooncake_hpc.core.errors import ConfigError, ForkError, TransferTimeout, WorkerError
+from mooncake_hpc.core.memory import MemoryFile
+from mooncake_hpc.native import prepare
+from mooncake_hpc.workers import ring_kernels as ring
 from mooncake_hpc.workers.pool import Job, WorkerPool
 from mooncake_hpc.workers.process import worker_environment
 
@@ -330,8 +331,8 @@ def test_idle_workers_cost_little_time_and_memory() -> None:
 SCRIPT = """
 {first}
 import os, sys, time
-from mooncake_hpc.kernels import prepare
-from mooncake_hpc.memory import MemoryFile
+from mooncake_hpc.native import prepare
+from mooncake_hpc.core.memory import MemoryFile
 from mooncake_hpc.workers.pool import WorkerPool
 
 print("main", flush=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from xxhash import xxh3_128
 
-from mooncake_hpc.kernels import xxh3
+from mooncake_hpc.native import xxh3
 
 EDGES = (241, 255, 256, 1023, 1024, 1025, 1088, 2047, 2048, 2049, 5000, (1 << 20) + 13)
 PARTS = (0, 1, 7, 63, 64, 65, 200, 960, 1023, 1024, 1025, 2048, 10_000)

@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from mooncake_hpc.authentication import flags_of
 from mooncake_hpc.bench.node import CPU_INTERVAL, Initiator, Result, Target
 from mooncake_hpc.bench.plan import AUTO_WORKERS, BenchConfig, roles
 from mooncake_hpc.bench.report import (
@@ -23,10 +22,11 @@ from mooncake_hpc.bench.report import (
     write_json,
 )
 from mooncake_hpc.bench.runner import Measured, longest_run
-from mooncake_hpc.errors import ConfigError, MooncakeError
-from mooncake_hpc.metadata.shared import EMBEDDED, job_metadata, login_variables, own_metadata
-from mooncake_hpc.mpi import Launch, World, default_name
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.authentication import flags_of
+from mooncake_hpc.core.errors import ConfigError, MooncakeError
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.jobs.job_etcd import EMBEDDED, job_metadata, login_variables, own_metadata
+from mooncake_hpc.jobs.mpi import Launch, World, default_name
 from mooncake_hpc.transports.choice import engine_options
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from mooncake_hpc.bench.node import Initiator, Result, Target
 from mooncake_hpc.bench.plan import BenchConfig
 from mooncake_hpc.bench.report import Units, configuration_lines, figures, machine, throughput, write_json
 from mooncake_hpc.bench.runner import longest_run
-from mooncake_hpc.errors import ConfigError, MooncakeError
-from mooncake_hpc.metadata.shared import job_metadata
-from mooncake_hpc.mpi import Launch, World, default_name
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.errors import ConfigError, MooncakeError
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.jobs.job_etcd import job_metadata
+from mooncake_hpc.jobs.mpi import Launch, World, default_name
 
 SCHEMA = 2
 Pair = tuple[int, int]  # initiator, target

@@ -15,7 +15,7 @@ import numpy as np
 from mooncake_hpc.bench.plan import BenchConfig, Remote, build_requests, check_room
 from mooncake_hpc.bench.runner import Measured, Runner
 from mooncake_hpc.bench.verify import PREPARE_TIMEOUT, Bytes, Verifier, spans_of
-from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from mooncake_hpc import TransferEngine

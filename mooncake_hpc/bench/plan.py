@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mooncake_hpc import READ, REQUEST, WRITE
-from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.memory import system_memory
+from mooncake_hpc.core.errors import ConfigError
+from mooncake_hpc.core.memory import system_memory
 
 PATTERNS = ("pairs", "fan_in", "fan_out", "all_to_all")
 MATRIX = "matrix"  # every pair by itself: see `bench.matrix`

@@ -17,7 +17,7 @@ from mooncake_hpc.bench.node import Result
 from mooncake_hpc.bench.plan import BenchConfig
 from mooncake_hpc.bench.runner import Measured
 from mooncake_hpc.bench.statistics import Histogram
-from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.core.errors import ConfigError
 
 SCHEMA = 2
 UNITS = {  # the original's --report_unit: bytes in one

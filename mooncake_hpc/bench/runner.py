@@ -15,7 +15,7 @@ import numpy.typing as npt
 from mooncake_hpc.bench.plan import BenchConfig
 from mooncake_hpc.bench.statistics import Histogram
 from mooncake_hpc.bench.verify import Verifier
-from mooncake_hpc.errors import MooncakeError, TransferCancelled, TransferError
+from mooncake_hpc.core.errors import MooncakeError, TransferCancelled, TransferError
 
 Requests = npt.NDArray[Any]
 Times = npt.NDArray[np.int64]

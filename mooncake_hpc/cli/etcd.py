@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from mooncake_hpc.cli import glog, streams
 from mooncake_hpc.cli.gflags import Flag, FlagSet, Parsed
-from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.metadata.cluster import EtcdMember
+from mooncake_hpc.core.errors import ConfigError
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.jobs.etcd_cluster import EtcdMember
 from mooncake_hpc.metadata.embedded import EmbeddedEtcd
-from mooncake_hpc.settings import Settings
 
 FLAGS = FlagSet(
     "mooncake-hpc etcd",

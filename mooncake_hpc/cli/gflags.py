@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mooncake_hpc import __version__
-from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.names import check_unicode
+from mooncake_hpc.core.errors import ConfigError
+from mooncake_hpc.core.names import check_unicode
 
 Value = bool | int | float | str
 TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from mooncake_hpc.cli.gflags import Flag, Parsed
-from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.core.errors import ConfigError
 
 LEVELS = (logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL)  # glog's 0 to 3
 LINE = "%(levelname).1s%(asctime)s.%(msecs)03d %(process)d %(name)s] %(message)s"

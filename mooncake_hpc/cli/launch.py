@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mooncake_hpc.cli.gflags import Flag, FlagSet, Parsed
-from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.launchers import binding, hostfile, srun
-from mooncake_hpc.launchers.base import Host, Job
-from mooncake_hpc.launchers.choice import command_line, environment
-from mooncake_hpc.mpi import Launch
+from mooncake_hpc.core.errors import ConfigError
+from mooncake_hpc.jobs.launchers import binding, hostfile, srun
+from mooncake_hpc.jobs.launchers.base import Host, Job
+from mooncake_hpc.jobs.launchers.choice import command_line, environment
+from mooncake_hpc.jobs.mpi import Launch
 
 PASSED = ("MC_", "MOONCAKE_HPC_", "NUMBA_")  # beginnings of variables that ranks on other hosts get as well
 

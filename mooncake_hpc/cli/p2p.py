@@ -11,12 +11,12 @@ from typing import Any
 from mooncake_hpc.cli import glog
 from mooncake_hpc.cli.gflags import Flag, FlagSet, Parsed
 from mooncake_hpc.cli.transport import AUTHENTICATION_FLAGS, RDMA_FLAGS, asked, check_secret, read_settings
-from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.memory import system_memory
-from mooncake_hpc.mpi import Launch, World, alike, default_name, detect
+from mooncake_hpc.core.errors import ConfigError
+from mooncake_hpc.core.memory import system_memory
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.jobs.mpi import Launch, World, alike, default_name, detect
 from mooncake_hpc.p2p.digests import ALGORITHMS
 from mooncake_hpc.p2p.job import P2PConfig, run_inferencer, run_list, run_ranks, run_trainer
-from mooncake_hpc.settings import Settings
 from mooncake_hpc.transports.choice import PROTOCOLS, choose_here
 
 _DEFAULTS = {f.name: f.default for f in fields(P2PConfig)}

@@ -8,12 +8,11 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from mooncake_hpc import topology
 from mooncake_hpc.cli import glog
 from mooncake_hpc.cli.gflags import Flag, FlagSet
-from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.settings import Settings
-from mooncake_hpc.transports.rdma import gid
+from mooncake_hpc.core.errors import ConfigError
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.transports.rdma import gid, topology
 
 FLAGS = FlagSet(
     "mooncake-hpc topology",

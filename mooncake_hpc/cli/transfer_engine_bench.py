@@ -14,9 +14,9 @@ from mooncake_hpc.bench.report import UNITS, Units
 from mooncake_hpc.cli import glog
 from mooncake_hpc.cli.gflags import Flag, FlagSet, Parsed
 from mooncake_hpc.cli.transport import AUTHENTICATION_FLAGS, RDMA_FLAGS, asked, check_secret, read_settings
-from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.mpi import Launch, World, alike, default_name, detect
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.errors import ConfigError
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.jobs.mpi import Launch, World, alike, default_name, detect
 from mooncake_hpc.transports.choice import PROTOCOLS, choose_here
 
 if TYPE_CHECKING:

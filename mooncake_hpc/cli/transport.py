@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mooncake_hpc.authentication import Authentication
 from mooncake_hpc.cli.gflags import Flag, Parsed
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.authentication import Authentication
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.transports.choice import Asked
 
 RDMA_FLAGS = (

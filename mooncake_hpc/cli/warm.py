@@ -13,8 +13,8 @@ from pathlib import Path
 
 import mooncake_hpc
 from mooncake_hpc.cli.gflags import FlagSet
-from mooncake_hpc.kernels import files
-from mooncake_hpc.kernels.folder import kernel_folder
+from mooncake_hpc.native import cache_files as files
+from mooncake_hpc.native.cache_folder import kernel_folder
 
 FLAGS = FlagSet(
     "mooncake-hpc warm",
@@ -34,8 +34,8 @@ def main(arguments: Sequence[str], command: Sequence[str] = ()) -> int:
     if stamp is not None and _all_whole(stamp):
         print(f"kernels are ready on {socket.gethostname()}", flush=True)
         return 0
-    from mooncake_hpc.kernels.cache import unkept
-    from mooncake_hpc.warm import warm
+    from mooncake_hpc.jobs.kernel_cache import warm
+    from mooncake_hpc.native.cache import unkept
 
     seconds = warm()
     if stamp is None or (lost := unkept()):

@@ -8,12 +8,11 @@ from typing import Any
 
 from msgspec import Struct
 
-from mooncake_hpc.address import dial, explain_failure, is_silent, split
-from mooncake_hpc.authentication import Authentication, Expected, Reason
-from mooncake_hpc.control import frames, proofs
-from mooncake_hpc.control.frames import Kind, dumps
-from mooncake_hpc.decode import LONGEST_SMALL_VALUE, Reader, Text
-from mooncake_hpc.errors import (
+from mooncake_hpc.control import proofs
+from mooncake_hpc.core.address import dial, explain_failure, is_silent, split
+from mooncake_hpc.core.authentication import Authentication, Expected, Reason
+from mooncake_hpc.core.decode import LONGEST_SMALL_VALUE, Reader, Text
+from mooncake_hpc.core.errors import (
     AuthenticationError,
     ConfigError,
     MalformedRecord,
@@ -22,10 +21,12 @@ from mooncake_hpc.errors import (
     PeerSilent,
     TransferError,
 )
-from mooncake_hpc.interrupt import Interrupt
-from mooncake_hpc.names import check_text, check_unicode
-from mooncake_hpc.segment import Ours, SegmentDescriptor
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.interrupt import Interrupt
+from mooncake_hpc.core.names import check_text, check_unicode
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.wire import rpc_frames as frames
+from mooncake_hpc.wire.descriptor import Ours, SegmentDescriptor
+from mooncake_hpc.wire.rpc_frames import Kind, dumps
 
 
 class _Probe(Struct):

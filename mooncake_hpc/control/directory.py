@@ -13,12 +13,11 @@ from dataclasses import dataclass
 
 from msgspec import Struct
 
-from mooncake_hpc.address import join, split
-from mooncake_hpc.authentication import Authentication, Reason
 from mooncake_hpc.control import client
-from mooncake_hpc.control.frames import dumps
-from mooncake_hpc.decode import LONGEST_SMALL_VALUE, Name, Port, Reader
-from mooncake_hpc.errors import (
+from mooncake_hpc.core.address import join, split
+from mooncake_hpc.core.authentication import Authentication, Reason
+from mooncake_hpc.core.decode import LONGEST_SMALL_VALUE, Name, Port, Reader
+from mooncake_hpc.core.errors import (
     AuthenticationError,
     ConfigError,
     MetadataError,
@@ -27,10 +26,11 @@ from mooncake_hpc.errors import (
     PeerLost,
     SegmentNotFound,
 )
+from mooncake_hpc.core.names import check_name, check_text
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.metadata.base import MetadataStore
-from mooncake_hpc.names import check_name, check_text
-from mooncake_hpc.segment import OURS, Ours, SegmentDescriptor
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.wire.descriptor import OURS, Ours, SegmentDescriptor
+from mooncake_hpc.wire.rpc_frames import dumps
 
 log = logging.getLogger(__name__)
 

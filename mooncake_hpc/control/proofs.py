@@ -1,4 +1,4 @@
-"""Authentication at the RPC port: frames that carry the exchange of `mooncake_hpc.authentication`.
+"""Authentication at the RPC port: frames that carry the exchange of `mooncake_hpc.core.authentication`.
 
 No frame of Mooncake's begins with their first byte, and it ends a connection to one of its processes. Then comes the
 step, and its bytes:
@@ -18,7 +18,7 @@ import socket
 from collections.abc import Callable
 from enum import IntEnum
 
-from mooncake_hpc.authentication import (
+from mooncake_hpc.core.authentication import (
     NONCE_BYTES,
     PROOF_BYTES,
     Authentication,
@@ -27,7 +27,7 @@ from mooncake_hpc.authentication import (
     Reason,
     refusal,
 )
-from mooncake_hpc.control import frames
+from mooncake_hpc.wire import rpc_frames as frames
 
 AUTHENTICATION = 0xA0  # the first byte
 OVERHEAD = 2 + PROOF_BYTES  # bytes that a request or reply is longer by

@@ -22,16 +22,17 @@ from typing import Annotated, Any, NamedTuple
 
 from msgspec import Meta, Struct
 
-from mooncake_hpc.address import bind_listener, split
-from mooncake_hpc.authentication import Authentication
-from mooncake_hpc.control import frames, proofs
-from mooncake_hpc.control.frames import Frame, Kind, dumps
-from mooncake_hpc.decode import LONGEST_SMALL_VALUE, Reader, Text
-from mooncake_hpc.errors import ConfigError, MalformedRecord
-from mooncake_hpc.process import own
-from mooncake_hpc.segment import OURS
-from mooncake_hpc.settings import Settings
-from mooncake_hpc.trouble import Trouble
+from mooncake_hpc.control import proofs
+from mooncake_hpc.core.address import bind_listener, split
+from mooncake_hpc.core.authentication import Authentication
+from mooncake_hpc.core.decode import LONGEST_SMALL_VALUE, Reader, Text
+from mooncake_hpc.core.errors import ConfigError, MalformedRecord
+from mooncake_hpc.core.process import own
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.core.trouble import Trouble
+from mooncake_hpc.wire import rpc_frames as frames
+from mooncake_hpc.wire.descriptor import OURS
+from mooncake_hpc.wire.rpc_frames import Frame, Kind, dumps
 
 log = logging.getLogger(__name__)
 

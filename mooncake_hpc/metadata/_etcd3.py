@@ -18,13 +18,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from mooncake_hpc import process
-from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.core import process
+from mooncake_hpc.core.errors import ConfigError
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.metadata import _grpc
 from mooncake_hpc.metadata._failures import Failure, Kind, failure_of, text_of
 from mooncake_hpc.metadata._private import PrivatePackage
 from mooncake_hpc.metadata._streams import Changing, KeyStream
-from mooncake_hpc.settings import Settings
 
 T = TypeVar("T")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from mooncake_hpc.errors import MooncakeError
+from mooncake_hpc.core.errors import MooncakeError
+from mooncake_hpc.core.trouble import Trouble
 from mooncake_hpc.metadata._failures import Failure
 from mooncake_hpc.metadata._streams import Changing
 from mooncake_hpc.metadata.watch import OnChange, Watch
-from mooncake_hpc.trouble import Trouble
 
 if TYPE_CHECKING:
     from mooncake_hpc.metadata.etcd import EtcdStore

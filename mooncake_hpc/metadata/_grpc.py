@@ -17,7 +17,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
-from mooncake_hpc import process
+from mooncake_hpc.core import process
 from mooncake_hpc.metadata._private import PrivatePackage
 
 log = logging.getLogger(__name__)

@@ -21,11 +21,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from mooncake_hpc import process
-from mooncake_hpc.address import look_up
-from mooncake_hpc.errors import ConfigError, MetadataError
+from mooncake_hpc.core import process
+from mooncake_hpc.core.address import look_up
+from mooncake_hpc.core.errors import ConfigError, MetadataError
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.metadata import _supervisor
-from mooncake_hpc.settings import Settings
 
 log = logging.getLogger(__name__)
 

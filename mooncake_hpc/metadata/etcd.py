@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Self, TypeVar
 
-from mooncake_hpc import process
-from mooncake_hpc.errors import ConfigError, MetadataError, MetadataUnavailable, MooncakeError, NameInUse
+from mooncake_hpc.core import process
+from mooncake_hpc.core.errors import ConfigError, MetadataError, MetadataUnavailable, MooncakeError, NameInUse
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.core.trouble import Trouble
 from mooncake_hpc.metadata._etcd3 import Access, Connection
 from mooncake_hpc.metadata._etcd_watch import EtcdWatch
 from mooncake_hpc.metadata._failures import Failure, Kind
@@ -19,8 +21,6 @@ from mooncake_hpc.metadata._streams import Changing, KeyStream
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.metadata.guard import Guard
 from mooncake_hpc.metadata.watch import OnChange, Watch
-from mooncake_hpc.settings import Settings
-from mooncake_hpc.trouble import Trouble
 
 T = TypeVar("T")
 

@@ -7,8 +7,8 @@ import threading
 from typing import Self
 from weakref import WeakValueDictionary
 
-from mooncake_hpc import process
-from mooncake_hpc.errors import MetadataError, NameInUse
+from mooncake_hpc.core import process
+from mooncake_hpc.core.errors import MetadataError, NameInUse
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.metadata.watch import OnChange, Watch
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from mooncake_hpc.address import P2PHANDSHAKE
-from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.core.address import P2PHANDSHAKE
+from mooncake_hpc.core.errors import ConfigError
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.metadata.base import MetadataStore
-from mooncake_hpc.settings import Settings
 
 ACCEPTED = (
     "host:port or etcd://host:port[,host:port...] (IPv6 as [::1]:2379), memory://NAME (within one process), "

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
-from mooncake_hpc import process
+from mooncake_hpc.core import process
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ buffers are and which shards it holds. While it pulls, others read that, and wha
 memory: its board. A shard is served as soon as it is verified.
 """
 
-from mooncake_hpc.p2p.replicating import Replica
+from mooncake_hpc.p2p.replication import Replica
 from mooncake_hpc.p2p.store import P2PStore
 
 __all__ = ["P2PStore", "Replica"]

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from mooncake_hpc.errors import ConfigError, RegistrationError, SizeMismatch
+from mooncake_hpc.core.errors import ConfigError, RegistrationError, SizeMismatch
+from mooncake_hpc.core.tensors import check_plain, expose, type_name
 from mooncake_hpc.p2p.digests import HASHED_AT_ONCE, hashers
 from mooncake_hpc.p2p.layout import Bytes, Memory
 from mooncake_hpc.p2p.manifest import BUFFERS, TENSORS, Part
-from mooncake_hpc.tensors import check_plain, expose, type_name
 
 
 def digest_all(memory: Memory, shard_size: int, algorithm: str) -> bytes:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mooncake_hpc.errors import PeerLost
-from mooncake_hpc.kernels import xxh3
+from mooncake_hpc.core.errors import PeerLost
+from mooncake_hpc.native import xxh3
 from mooncake_hpc.p2p.digests import DEFAULT, HASHED_AT_ONCE, hashers
 from mooncake_hpc.p2p.layout import Layout, Memory, pair
 
 if TYPE_CHECKING:
-    from mooncake_hpc.remote import Segment
+    from mooncake_hpc.engine.remote_segment import Segment
 
 Span = tuple[Memory, int, int]  # the object's bytes from here to there, and where they go
 

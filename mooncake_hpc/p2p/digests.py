@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.kernels import xxh3
+from mooncake_hpc.core.errors import ConfigError
+from mooncake_hpc.native import xxh3
 
 DEFAULT = "xxh3-128"
 ALGORITHMS = (DEFAULT, "sha256", "blake2b")

@@ -18,16 +18,16 @@ from pathlib import Path
 
 import numpy as np
 
-from mooncake_hpc.errors import P2PError
+from mooncake_hpc.core.errors import P2PError
 from mooncake_hpc.p2p.buffers import digest_all
 from mooncake_hpc.p2p.folder import ancestors
-from mooncake_hpc.p2p.holders import Bits
 from mooncake_hpc.p2p.layout import Bytes, Memory
 from mooncake_hpc.p2p.manifest import FOLDER, UNVERIFIED, Manifest
 from mooncake_hpc.p2p.partial import CONTENT, Partial
+from mooncake_hpc.p2p.peer_state import Bits
 from mooncake_hpc.p2p.places import Place, plan
 from mooncake_hpc.p2p.progress import OnProgress
-from mooncake_hpc.p2p.replicating import Replica
+from mooncake_hpc.p2p.replication import Replica
 from mooncake_hpc.p2p.store import P2PStore
 
 CHUNK = 64 << 20  # bytes of one write: Ctrl-C is noticed between two

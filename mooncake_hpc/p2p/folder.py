@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from mooncake_hpc.errors import P2PError
+from mooncake_hpc.core.errors import P2PError
 
 Names = tuple[str, ...]
 

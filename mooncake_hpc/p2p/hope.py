@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mooncake_hpc.p2p.swarm import Swarm
+from mooncake_hpc.p2p.scheduler import Swarm
 
 
 class Hope:

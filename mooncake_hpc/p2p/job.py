@@ -11,22 +11,22 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from mooncake_hpc.authentication import flags_of
-from mooncake_hpc.errors import ConfigError, IntegrityError
-from mooncake_hpc.kernels import prepare
-from mooncake_hpc.metadata.shared import EMBEDDED, job_metadata, login_variables, own_metadata
+from mooncake_hpc.core.authentication import flags_of
+from mooncake_hpc.core.errors import ConfigError, IntegrityError
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.jobs.job_etcd import EMBEDDED, job_metadata, login_variables, own_metadata
+from mooncake_hpc.native import prepare
 from mooncake_hpc.p2p.buffers import digest_all
 from mooncake_hpc.p2p.layout import Memory
 from mooncake_hpc.p2p.manifest import UNVERIFIED
 from mooncake_hpc.p2p.progress import Progress
-from mooncake_hpc.p2p.replicating import Replica
+from mooncake_hpc.p2p.replication import Replica
 from mooncake_hpc.p2p.report import Bar, FanOut, list_lines, pull_json, pull_lines, write_json
 from mooncake_hpc.p2p.store import P2PStore
-from mooncake_hpc.settings import Settings
 from mooncake_hpc.transports.choice import engine_options
 
 if TYPE_CHECKING:
-    from mooncake_hpc.mpi import World
+    from mooncake_hpc.jobs.mpi import World
 
 POLL = 0.2  # seconds between two looks of a trainer at its replicas
 QUIET = 1.0  # seconds for which nobody pulls from us before we leave
@@ -165,8 +165,8 @@ def run_inferencer(config: P2PConfig, settings: Settings, say: Say) -> int:
 def run_list(config: P2PConfig, settings: Settings, say: Say) -> int:
     """Print the objects whose names begin with `name`, their holders and progress."""
     from mooncake_hpc.metadata.store import open_store as open_metadata
-    from mooncake_hpc.p2p.catalogue import Catalogue
-    from mooncake_hpc.p2p.upstream import list_originals
+    from mooncake_hpc.p2p.catalog import Catalogue
+    from mooncake_hpc.p2p.mooncake_payload import list_originals
 
     with open_metadata(config.metadata_server, settings) as store:
         ours = Catalogue(store, settings.metadata_cluster_id).list(config.name)

@@ -19,8 +19,8 @@ from typing import Annotated, Any
 import numpy as np
 from msgspec import Meta, Struct
 
-from mooncake_hpc.decode import Count, Name, Positive, Reader, Text, reading
-from mooncake_hpc.errors import ConfigError
+from mooncake_hpc.core.decode import Count, Name, Positive, Reader, Text, reading
+from mooncake_hpc.core.errors import ConfigError
 from mooncake_hpc.p2p.digests import digest_size
 
 FORMAT = 1

@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mooncake_hpc.errors import LockHeld, P2PError
-from mooncake_hpc.filelock import FileLock
+from mooncake_hpc.core.errors import LockHeld, P2PError
+from mooncake_hpc.core.filelock import FileLock
 from mooncake_hpc.p2p.folder import FOLDER_FLAGS, Folder, Names, ancestors, kind
 
 SUFFIX, MARK, LOCK, CONTENT = ".partial", ".mooncake-hpc-partial", ".lock", "content"

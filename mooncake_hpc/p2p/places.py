@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from mooncake_hpc.errors import MetadataError
+from mooncake_hpc.core.errors import MetadataError
 from mooncake_hpc.p2p.folder import Names, ancestors
 from mooncake_hpc.p2p.manifest import FILE, FOLDER, Manifest
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from mooncake_hpc.errors import TransferCancelled, TransferTimeout
+from mooncake_hpc.core.errors import TransferCancelled, TransferTimeout
 
 
 @dataclass(slots=True)

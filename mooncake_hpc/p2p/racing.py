@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mooncake_hpc.p2p.fetcher import Job
 from mooncake_hpc.p2p.layout import Bytes, Memory
-from mooncake_hpc.p2p.source import Job
 
 if TYPE_CHECKING:
-    from mooncake_hpc.engine import TransferEngine
+    from mooncake_hpc.engine.engine import TransferEngine
 
 LARGEST_RACE = 16 << 20  # bytes of a shard that is fetched a second time
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mooncake_hpc.engine import TransferEngine
-from mooncake_hpc.errors import SizeMismatch
+from mooncake_hpc.core.errors import SizeMismatch
+from mooncake_hpc.engine.engine import TransferEngine
 from mooncake_hpc.p2p.buffers import as_bytes, check_receiver, some, take_apart
 from mooncake_hpc.p2p.layout import Bytes
 from mooncake_hpc.p2p.manifest import TENSORS, Manifest, by_name

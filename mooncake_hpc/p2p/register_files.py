@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mooncake_hpc.errors import P2PError
+from mooncake_hpc.core.errors import P2PError
 from mooncake_hpc.p2p.digests import DEFAULT
 from mooncake_hpc.p2p.layout import Bytes
 from mooncake_hpc.p2p.manifest import FILE, FOLDER, Manifest, Part

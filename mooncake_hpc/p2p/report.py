@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from mooncake_hpc.p2p.catalogue import ObjectInfo
+from mooncake_hpc.p2p.catalog import ObjectInfo
 from mooncake_hpc.p2p.progress import Progress
 
 JSON_VERSION = 1

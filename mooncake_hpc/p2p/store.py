@@ -12,22 +12,22 @@ from typing import Any, Self
 
 import numpy as np
 
-from mooncake_hpc import process
-from mooncake_hpc.engine import TransferEngine
-from mooncake_hpc.errors import ConfigError, MalformedRecord, ObjectExists, P2PError
+from mooncake_hpc.core import process
+from mooncake_hpc.core.errors import ConfigError, MalformedRecord, ObjectExists, P2PError
+from mooncake_hpc.core.names import check_name, check_text
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.engine.engine import TransferEngine
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.metadata.store import open_store
-from mooncake_hpc.names import check_name, check_text
 from mooncake_hpc.p2p.buffers import as_bytes, as_range, digest_all, take_apart
-from mooncake_hpc.p2p.catalogue import Catalogue, Holder, ObjectInfo
+from mooncake_hpc.p2p.catalog import Catalogue, Holder, ObjectInfo
 from mooncake_hpc.p2p.digests import DEFAULT
-from mooncake_hpc.p2p.holding import Held, Holdings
 from mooncake_hpc.p2p.layout import Bytes, Memory
+from mooncake_hpc.p2p.local_objects import Held, Holdings
 from mooncake_hpc.p2p.manifest import LONGEST_PART_NAME, Manifest, Part, choose_shard_size, new_version
+from mooncake_hpc.p2p.mooncake_payload import Checkpoint, list_originals
 from mooncake_hpc.p2p.progress import OnProgress, Terms
-from mooncake_hpc.p2p.replicating import Have, OnShard, Replica, Replicator
-from mooncake_hpc.p2p.upstream import Checkpoint, list_originals
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.p2p.replication import Have, OnShard, Replica, Replicator
 
 
 class P2PStore:

@@ -13,8 +13,8 @@ import pytest
 from xxhash import xxh3_128
 
 from mooncake_hpc import READ, REQUEST, WRITE
-from mooncake_hpc.errors import AddressRejected, ConfigError, TransferError, TransferTimeout
-from mooncake_hpc.kernels.xxh3 import Digest
+from mooncake_hpc.core.errors import AddressRejected, ConfigError, TransferError, TransferTimeout
+from mooncake_hpc.native.xxh3 import Digest
 from mooncake_hpc.testing.link import Link, Linked, address, requests, run_threads
 from mooncake_hpc.testing.peer import digest, pattern
 

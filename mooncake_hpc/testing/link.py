@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from mooncake_hpc import REQUEST, Segment, TransferEngine
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.testing.peer import Bytes, PeerProcess
 
 HOST = "127.0.0.1"

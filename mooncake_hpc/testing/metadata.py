@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from mooncake_hpc.errors import MetadataError, NameInUse
+from mooncake_hpc.core.errors import MetadataError, NameInUse
 from mooncake_hpc.metadata import MetadataStore
 
 Open = Callable[[], MetadataStore]

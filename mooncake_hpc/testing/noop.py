@@ -16,21 +16,21 @@ from unittest import mock
 import numpy as np
 from numba import cfunc, types
 
-from mooncake_hpc.kernels import lane as layout
-from mooncake_hpc.kernels import rails
-from mooncake_hpc.kernels import rdma as native
-from mooncake_hpc.kernels.compiled import compile_ahead, kept
-from mooncake_hpc.kernels.native import get, put
-from mooncake_hpc.kernels.verbs import SUCCESS, WC, WC_ID, WC_STATUS, WR_NEXT
-from mooncake_hpc.segment import BufferDescriptor, DeviceDescriptor, SegmentDescriptor
-from mooncake_hpc.settings import Settings
-from mooncake_hpc.topology import Topology
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.native.atomics import get, put
+from mooncake_hpc.native.compile import compile_ahead, kept
+from mooncake_hpc.transports import queue_kernels as layout
 from mooncake_hpc.transports.base import Peer, Registration, Transport
-from mooncake_hpc.transports.lane import SHARED_KERNELS
+from mooncake_hpc.transports.queue import SHARED_KERNELS
+from mooncake_hpc.transports.rdma import poll_kernels as native
+from mooncake_hpc.transports.rdma import rail_kernels as rails
 from mooncake_hpc.transports.rdma.lane import RdmaLane, RdmaRoute
 from mooncake_hpc.transports.rdma.rail import RailBlock
 from mooncake_hpc.transports.rdma.regions import KeyTables, remote_rows
+from mooncake_hpc.transports.rdma.topology import Topology
 from mooncake_hpc.transports.rdma.verbs import Calls
+from mooncake_hpc.transports.rdma.verbs_kernels import SUCCESS, WC, WC_ID, WC_STATUS, WR_NEXT
+from mooncake_hpc.wire.descriptor import BufferDescriptor, DeviceDescriptor, SegmentDescriptor
 
 DEVICE = DeviceDescriptor("none", "00:" * 15 + "01", 0)
 WORD = types.int64
@@ -134,5 +134,5 @@ def installed() -> Iterator[list[NoRail]]:
         listener.close()
         return [NoopTransport(settings, opened)]
 
-    with mock.patch("mooncake_hpc.engine.make_transports", make):
+    with mock.patch("mooncake_hpc.engine.engine.make_transports", make):
         yield opened

@@ -23,9 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
-from mooncake_hpc.errors import MooncakeError
-from mooncake_hpc.kernels.prepare import checksum
-from mooncake_hpc.testing.nursery import Forked, Nursery
+from mooncake_hpc.core.errors import MooncakeError
+from mooncake_hpc.native.prepare import checksum
+from mooncake_hpc.testing.fork_server import Forked, Nursery
 from mooncake_hpc.transports.tcp.server import TcpServer
 
 Bytes = npt.NDArray[np.uint8]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mooncake_hpc import READ, WRITE
-from mooncake_hpc.errors import AddressRejected, PeerLost
+from mooncake_hpc.core.errors import AddressRejected, PeerLost
 from mooncake_hpc.testing.batches import BatchConformance
 from mooncake_hpc.testing.link import HOST, Link, address, requests
 from mooncake_hpc.testing.peer import digest, fill, pattern

@@ -10,13 +10,13 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from mooncake_hpc.authentication import Expected
-from mooncake_hpc.interrupt import Interrupt
-from mooncake_hpc.kernels import lane as layout
-from mooncake_hpc.kernels import ranges
-from mooncake_hpc.memory import MemoryFile
-from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
-from mooncake_hpc.transports.lane import Lane
+from mooncake_hpc.core.authentication import Expected
+from mooncake_hpc.core.interrupt import Interrupt
+from mooncake_hpc.core.memory import MemoryFile
+from mooncake_hpc.native import ranges
+from mooncake_hpc.transports import queue_kernels as layout
+from mooncake_hpc.transports.queue import Lane
+from mooncake_hpc.wire.descriptor import BufferDescriptor, SegmentDescriptor
 
 WHOLE = 1 << 62  # slice limit of a route with one lane: no reason to cut
 
@@ -98,7 +98,7 @@ class Route(ABC):
     transport: str
 
     def __init__(self, lanes: list[Lane], tables: RangePair, slice_limit: int = WHOLE, fence_byte: int = 0) -> None:
-        """`fence_byte` is the address of a scratch byte for protocol version 1, see `kernels.slicer`."""
+        """`fence_byte` is the address of a scratch byte for protocol version 1, see `engine.slice_kernels`."""
         self.lanes = lanes
         self._block = np.zeros(layout.ROUTE_WORDS, np.int64)
         self.address = int(self._block.ctypes.data)

@@ -6,10 +6,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mooncake_hpc import topology
-from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.settings import Settings
-from mooncake_hpc.topology import SYSFS, Device
+from mooncake_hpc.core.errors import ConfigError
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.transports.rdma import topology
+from mooncake_hpc.transports.rdma.topology import SYSFS, Device
 
 PROTOCOLS = ("rdma", "tcp", "shm", "auto")
 INFINIBAND = SYSFS / "class/infiniband"

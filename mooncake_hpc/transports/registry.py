@@ -5,12 +5,12 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 
-from mooncake_hpc import topology
-from mooncake_hpc.authentication import Authentication
-from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.authentication import Authentication
+from mooncake_hpc.core.errors import ConfigError
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.transports.base import Transport
 from mooncake_hpc.transports.choice import PROTOCOLS
+from mooncake_hpc.transports.rdma import topology
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,11 @@ from types import TracebackType
 
 import numpy as np
 
-from mooncake_hpc import process
-from mooncake_hpc.errors import ConfigError, TransferTimeout, WorkerError
-from mooncake_hpc.kernels import prepare, ring
-from mooncake_hpc.memory import Bytes, MemoryFile, containing
+from mooncake_hpc.core import process
+from mooncake_hpc.core.errors import ConfigError, TransferTimeout, WorkerError
+from mooncake_hpc.core.memory import Bytes, MemoryFile, containing
+from mooncake_hpc.native import prepare
+from mooncake_hpc.workers import ring_kernels as ring
 from mooncake_hpc.workers.process import WorkerProcess
 
 MOST = 64  # workers
@@ -114,45 +115,45 @@ class WorkerPool:
         return [worker.pid for worker in self._workers]
 
     def fill(self, array: Bytes, seed: int, offset: int = 0, round: int = 0) -> Job:
-        """`kernels.prepare.fill` by all workers."""
+        """`native.prepare.fill` by all workers."""
         process.check(self)
         key = prepare.pattern_key(seed, round)
         local = partial(prepare.fill, array, seed, offset, round)
         return self._whole(ring.FILL, array, local, p=int(key), q=offset, write=True)
 
     def verify(self, array: Bytes, seed: int, offset: int = 0, round: int = 0) -> Job:
-        """`kernels.prepare.verify` by all workers; the job's result is the number of wrong bytes."""
+        """`native.prepare.verify` by all workers; the job's result is the number of wrong bytes."""
         process.check(self)
         key = prepare.pattern_key(seed, round)
         local = partial(prepare.verify, array, seed, offset, round)
         return self._whole(ring.VERIFY, array, local, p=int(key), q=offset)
 
     def checksum(self, array: Bytes) -> Job:
-        """`kernels.prepare.checksum` by all workers; the job's result is the checksum."""
+        """`native.prepare.checksum` by all workers; the job's result is the checksum."""
         process.check(self)
         finish = partial(prepare.finish_checksum, nbytes=array.nbytes)
         return self._whole(ring.CHECKSUM, array, partial(prepare.checksum, array), finish)
 
     def touch(self, array: Bytes, write: bool = True) -> Job:
-        """`kernels.prepare.touch`: the workers allocate the pages, `wait` maps them into this process."""
+        """`native.prepare.touch`: the workers allocate the pages, `wait` maps them into this process."""
         process.check(self)
         local = partial(prepare.touch, array, write)
         return self._whole(ring.TOUCH, array, local, lambda _: local(), p=int(write), write=write)
 
     def poison(self, array: Bytes, value: int = 0xA5) -> Job:
-        """`kernels.prepare.poison` by all workers."""
+        """`native.prepare.poison` by all workers."""
         process.check(self)
         return self._whole(ring.POISON, array, partial(prepare.poison, array, value), p=value, write=True)
 
     def gather(self, source: Bytes, destination: Bytes, block: int, stride: int, count: int) -> Job:
-        """`kernels.prepare.gather` by all workers. The arrays must not overlap."""
+        """`native.prepare.gather` by all workers. The arrays must not overlap."""
         process.check(self)
         prepare.check_blocks(source, destination, block, stride, count)
         local = partial(prepare.gather, source, destination, block, stride, count)
         return self._submit(ring.GATHER, (source, destination), local, sum, count, block, block, stride)
 
     def scatter(self, source: Bytes, destination: Bytes, block: int, stride: int, count: int) -> Job:
-        """`kernels.prepare.scatter` by all workers. The arrays must not overlap."""
+        """`native.prepare.scatter` by all workers. The arrays must not overlap."""
         process.check(self)
         prepare.check_blocks(destination, source, block, stride, count)
         local = partial(prepare.scatter, source, destination, block, stride, count)

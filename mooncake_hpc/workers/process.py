@@ -14,9 +14,9 @@ import time
 import weakref
 from collections.abc import Mapping
 
-from mooncake_hpc.errors import WorkerError
-from mooncake_hpc.memory import MemoryFile
-from mooncake_hpc.process import own
+from mooncake_hpc.core.errors import WorkerError
+from mooncake_hpc.core.memory import MemoryFile
+from mooncake_hpc.core.process import own
 from mooncake_hpc.workers import channel
 
 LAUNCHERS = ("PMI_", "PMIX_", "OMPI_", "PRTE_", "HYDRA_", "MPI_", "MPICH_")  # what they tell a rank

@@ -12,10 +12,10 @@ import socket
 
 import numpy as np
 
-from mooncake_hpc.errors import RegistrationError
-from mooncake_hpc.kernels import ring
-from mooncake_hpc.memory import MemoryFile
+from mooncake_hpc.core.errors import RegistrationError
+from mooncake_hpc.core.memory import MemoryFile
 from mooncake_hpc.workers import channel
+from mooncake_hpc.workers import ring_kernels as ring
 
 SPINS = 2000  # pauses before a sleep, about 50 µs
 IDLE = BUSY = 100_000_000  # ns in the kernel before a look at the channel and the parent

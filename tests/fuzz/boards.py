@@ -29,10 +29,10 @@ def serve_boards() -> Iterator[tuple[Any, Commands]]:
 
     from fuzz.records import only_ours
     from mooncake_hpc import P2PStore, TransferEngine
-    from mooncake_hpc.errors import MooncakeError
+    from mooncake_hpc.core.errors import MooncakeError
+    from mooncake_hpc.core.settings import Settings
     from mooncake_hpc.metadata.store import open_store
-    from mooncake_hpc.p2p import board
-    from mooncake_hpc.settings import Settings
+    from mooncake_hpc.p2p import availability as board
     from mooncake_hpc.testing.peer import pattern
 
     settings = Settings(lease_ttl=1, metadata_timeout=1, transfer_timeout=5)

@@ -247,7 +247,7 @@ class DataPort(Target):
     def serve_check(self) -> None:
         """A client of the product reads and writes; clients that stopped in the middle of a frame stay meanwhile."""
         from mooncake_hpc import TransferEngine
-        from mooncake_hpc.errors import MooncakeError
+        from mooncake_hpc.core.errors import MooncakeError
 
         assert self.node is not None
         client = socket.create_connection(("127.0.0.1", self._port), 20)

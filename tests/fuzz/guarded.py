@@ -31,7 +31,7 @@ REFUSED, CHALLENGE = struct.pack("<Q", OK | 2), struct.pack("<Q", OK | 3)
 
 def secret_settings(folder: str) -> Any:
     """Settings with the secret, whose file is put into `folder`."""
-    from mooncake_hpc.settings import Settings
+    from mooncake_hpc.core.settings import Settings
 
     file = Path(folder, "secret")
     file.touch(0o600)
@@ -140,7 +140,7 @@ class Guarded(Target):
     def serve_check(self) -> None:
         """Who knows the secret is served meanwhile, and nothing was written."""
         from mooncake_hpc import TransferEngine
-        from mooncake_hpc.errors import MooncakeError
+        from mooncake_hpc.core.errors import MooncakeError
 
         assert self.node is not None
         try:

@@ -164,7 +164,7 @@ class Handoff(Target):
 
     def serve_check(self) -> None:
         from mooncake_hpc import TransferEngine
-        from mooncake_hpc.errors import MooncakeError
+        from mooncake_hpc.core.errors import MooncakeError
         from mooncake_hpc.testing.peer import pattern
 
         assert self.node is not None
@@ -189,9 +189,9 @@ class Handoff(Target):
 def serve_reader() -> Iterator[tuple[Any, Commands]]:
     """The target: an engine that opens segments whose hand-over socket is ours."""
     from mooncake_hpc import TransferEngine
-    from mooncake_hpc.errors import MooncakeError
+    from mooncake_hpc.core.errors import MooncakeError
     from mooncake_hpc.metadata.store import open_store
-    from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
+    from mooncake_hpc.wire.descriptor import BufferDescriptor, SegmentDescriptor
 
     store = open_store("memory://reader")
     count = 0

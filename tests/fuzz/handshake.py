@@ -21,7 +21,7 @@ def serve_handshake() -> Iterator[tuple[Any, Commands]]:
     import fake_fabric
 
     from mooncake_hpc import TransferEngine
-    from mooncake_hpc.settings import RdmaSettings, Settings
+    from mooncake_hpc.core.settings import RdmaSettings, Settings
 
     store, settings = "memory://handshake", Settings(rdma=RdmaSettings(rail_pause=0.3))
     options: dict[str, Any] = {"protocol": "rdma", "bind_address": "127.0.0.1", "settings": settings}

@@ -41,9 +41,9 @@ def serve_records() -> Iterator[tuple[Any, Commands]]:
     import numpy as np
 
     from mooncake_hpc import P2PStore
-    from mooncake_hpc.errors import MooncakeError, ObjectNotFound, SegmentNotFound
+    from mooncake_hpc.core.errors import MooncakeError, ObjectNotFound, SegmentNotFound
+    from mooncake_hpc.core.settings import Settings
     from mooncake_hpc.metadata.store import open_store
-    from mooncake_hpc.settings import Settings
     from mooncake_hpc.testing.peer import pattern
 
     settings = Settings(lease_ttl=1, metadata_timeout=1, transfer_timeout=5)
@@ -137,10 +137,10 @@ def _decoders(store: Any) -> dict[str, Callable[[str], object]]:
     import numpy as np
 
     from mooncake_hpc.control.directory import RpcRecord
-    from mooncake_hpc.p2p.catalogue import Holder, version_of
+    from mooncake_hpc.p2p.catalog import Holder, version_of
     from mooncake_hpc.p2p.manifest import Manifest
-    from mooncake_hpc.segment import SegmentDescriptor
     from mooncake_hpc.transports.base import Tables
+    from mooncake_hpc.wire.descriptor import SegmentDescriptor
 
     ours = store._catalogue.current("object/of ours")
 

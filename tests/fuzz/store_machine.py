@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from mooncake_hpc import P2PStore
-from mooncake_hpc.errors import MooncakeError, ObjectExists, ObjectNotFound, ObjectReplaced, P2PError, SizeMismatch
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.errors import MooncakeError, ObjectExists, ObjectNotFound, ObjectReplaced, P2PError, SizeMismatch
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.testing.peer import Bytes, pattern
 
 STORES = 3

@@ -33,7 +33,7 @@ RPC_LENGTH, SHM_LENGTH = struct.Struct("<Q"), struct.Struct("<I")
 
 
 def settings_of(path: str) -> Any:
-    from mooncake_hpc.settings import Settings
+    from mooncake_hpc.core.settings import Settings
 
     return Settings(secret_file=path)
 
@@ -189,7 +189,7 @@ class Stranger(DataPort):
     def serve_check(self) -> None:
         """Who knows the secret is served, and nobody's notification was taken."""
         from mooncake_hpc import TransferEngine
-        from mooncake_hpc.errors import MooncakeError
+        from mooncake_hpc.core.errors import MooncakeError
 
         assert self.node is not None
         if told := self.node.call("notifications"):

@@ -9,8 +9,8 @@ import threading
 import pytest
 
 from mooncake_hpc import TransferEngine
-from mooncake_hpc.errors import ForkError
-from mooncake_hpc.mpi import World, detect
+from mooncake_hpc.core.errors import ForkError
+from mooncake_hpc.jobs.mpi import World, detect
 
 pytestmark = [
     pytest.mark.mpi(min_size=2),

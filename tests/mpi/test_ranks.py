@@ -12,8 +12,8 @@ import pytest
 from mooncake_hpc.bench import job
 from mooncake_hpc.bench.plan import PATTERNS, BenchConfig, roles
 from mooncake_hpc.bench.report import Units
-from mooncake_hpc.mpi import World, detect
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.jobs.mpi import World, detect
 
 pytestmark = pytest.mark.mpi(min_size=2)
 PROTOCOL = os.environ.get("MOONCAKE_HPC_TEST_PROTOCOL", "tcp")

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.mpi import Launch, World, detect
+from mooncake_hpc.core.errors import ConfigError
+from mooncake_hpc.jobs.mpi import Launch, World, detect
 
 pytestmark = pytest.mark.mpi
 

@@ -27,12 +27,13 @@ from typing import Any
 
 import numpy as np
 
-from mooncake_hpc import warm
-from mooncake_hpc.errors import MooncakeError
-from mooncake_hpc.kernels import prepare
-from mooncake_hpc.p2p import P2PStore, source
-from mooncake_hpc.remote import Segment
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.errors import MooncakeError
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.engine.remote_segment import Segment
+from mooncake_hpc.jobs import kernel_cache as warm
+from mooncake_hpc.native import prepare
+from mooncake_hpc.p2p import P2PStore
+from mooncake_hpc.p2p import fetcher as source
 
 SHARD = 1 << 16
 TTL = 2.0

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mooncake_hpc.p2p.holders import View
-from mooncake_hpc.p2p.swarm import Swarm
+from mooncake_hpc.p2p.peer_state import View
+from mooncake_hpc.p2p.scheduler import Swarm
 
 SHARD = 1 << 20
 GRAIN = 0.25  # units between two looks at what has come

@@ -14,9 +14,9 @@ from conftest import clean_env
 from test_store import SHARD, Open, content, opener  # noqa: F401 - a fixture
 
 from mooncake_hpc.p2p import P2PStore
-from mooncake_hpc.p2p.board import CLAIMS, Board, board_size
-from mooncake_hpc.p2p.catalogue import Holder
-from mooncake_hpc.p2p.holding import Held
+from mooncake_hpc.p2p.availability import CLAIMS, Board, board_size
+from mooncake_hpc.p2p.catalog import Holder
+from mooncake_hpc.p2p.local_objects import Held
 from mooncake_hpc.p2p.manifest import Manifest
 
 SHARDS = 48
@@ -101,7 +101,7 @@ HOLD = """
 import sys, time
 import numpy as np
 from mooncake_hpc.p2p import P2PStore
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.settings import Settings
 etcd, name, host, shards, size = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
 with P2PStore(name, etcd, protocol="tcp", settings=Settings(lease_ttl=60, tcp_bind_address="127.0.0.1")) as store:
     store._holdings.host = host or store._holdings.host

@@ -8,11 +8,11 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
-from mooncake_hpc.engine import TransferEngine
-from mooncake_hpc.errors import IntegrityError
+from mooncake_hpc.core.errors import IntegrityError
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.engine.engine import TransferEngine
 from mooncake_hpc.p2p import P2PStore
 from mooncake_hpc.p2p.digests import ALGORITHMS
-from mooncake_hpc.settings import Settings
 
 SHARD = 1 << 16
 Open = Callable[[], P2PStore]

@@ -17,12 +17,12 @@ from conftest import ROOT, clean_env
 from safetensors.numpy import load_file, save_file
 from test_store import SHARD, Open, content, opener  # noqa: F401 - a fixture
 
-from mooncake_hpc.errors import ConfigError, ObjectExists, SizeMismatch
-from mooncake_hpc.memory import describe
+from mooncake_hpc.core.errors import ConfigError, ObjectExists, SizeMismatch
+from mooncake_hpc.core.memory import describe
+from mooncake_hpc.core.tensors import as_numpy, as_torch, expose, numpy_dtype
 from mooncake_hpc.p2p.fetch_files import fetch_path
 from mooncake_hpc.p2p.manifest import Manifest
 from mooncake_hpc.p2p.register_files import register_path
-from mooncake_hpc.tensors import as_numpy, as_torch, expose, numpy_dtype
 
 OTHERS = sorted(
     name for name, kind in vars(ml_dtypes).items() if isinstance(kind, type) and issubclass(kind, np.generic)
@@ -181,7 +181,7 @@ def test_torch(torch: None, without: str) -> None:
 
 
 def test_torch_is_not_imported_for_others() -> None:
-    code = "import sys, numpy; from mooncake_hpc.tensors import expose; expose(numpy.zeros(3)); expose(b'x')"
+    code = "import sys, numpy; from mooncake_hpc.core.tensors import expose; expose(numpy.zeros(3)); expose(b'x')"
     code += "; assert not {'torch', 'ml_dtypes'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-P", "-c", code], env=clean_env(), check=True)
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from test_store import SHARD, Open, content, opener, slow_sources  # noqa: F401 - fixtures
 
-from mooncake_hpc.errors import P2PError, TransferCancelled
+from mooncake_hpc.core.errors import P2PError, TransferCancelled
 from mooncake_hpc.p2p import P2PStore, register_files
 from mooncake_hpc.p2p.fetch_files import fetch_path
 from mooncake_hpc.p2p.progress import Progress

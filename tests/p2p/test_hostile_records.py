@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from sandbox import wait_until
 
-from mooncake_hpc.errors import ConfigError, MalformedRecord, ObjectNotFound
+from mooncake_hpc.core.errors import ConfigError, MalformedRecord, ObjectNotFound
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.metadata.store import open_store
 from mooncake_hpc.p2p import P2PStore
-from mooncake_hpc.p2p.catalogue import CURRENT, ObjectInfo
+from mooncake_hpc.p2p.catalog import CURRENT, ObjectInfo
 from mooncake_hpc.p2p.job import P2PConfig, run_list, run_trainer
+from mooncake_hpc.p2p.mooncake_payload import PREFIX
 from mooncake_hpc.p2p.report import list_lines
-from mooncake_hpc.p2p.upstream import PREFIX
-from mooncake_hpc.settings import Settings
 
 OBJECTS = "mooncake_hpc/p2p/object/"
 HUGE = 10**10  # shards

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_store import SHARD, Open, content, opener  # noqa: F401 - a fixture
 
-from mooncake_hpc.errors import ConfigError, RegistrationError, SizeMismatch
+from mooncake_hpc.core.errors import ConfigError, RegistrationError, SizeMismatch
 
 OBJECTS = np.array([object()])
 STRIDED = np.zeros((10, 10), np.uint8)[:, ::2]

@@ -16,8 +16,8 @@ from conftest import ROOT, clean_env
 from test_files import stop_a_pull
 from test_store import SHARD, Open, content, opener, slow_sources  # noqa: F401 - fixtures
 
-from mooncake_hpc.errors import MetadataError, P2PError
-from mooncake_hpc.filelock import FileLock
+from mooncake_hpc.core.errors import MetadataError, P2PError
+from mooncake_hpc.core.filelock import FileLock
 from mooncake_hpc.p2p import P2PStore
 from mooncake_hpc.p2p.fetch_files import fetch_path
 from mooncake_hpc.p2p.folder import OPEN_FILES, Folder

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from simulation import SHARD, Simulation
 
-from mooncake_hpc.errors import ConfigError, MetadataError
-from mooncake_hpc.names import check_name
-from mooncake_hpc.p2p.board import CLAIMS, Board, Place, board_size, by_source, read_board, source_id
-from mooncake_hpc.p2p.catalogue import Holder
+from mooncake_hpc.core.errors import ConfigError, MetadataError
+from mooncake_hpc.core.names import check_name
+from mooncake_hpc.p2p.availability import CLAIMS, Board, Place, board_size, by_source, read_board, source_id
+from mooncake_hpc.p2p.catalog import Holder
 from mooncake_hpc.p2p.digests import ALGORITHMS, digest_size, hashers
-from mooncake_hpc.p2p.holders import STUCK, View
 from mooncake_hpc.p2p.layout import Layout, Memory, pair
 from mooncake_hpc.p2p.manifest import LARGEST, SMALLEST, Manifest, Part, by_name, choose_shard_size
-from mooncake_hpc.p2p.swarm import Swarm
+from mooncake_hpc.p2p.peer_state import STUCK, View
+from mooncake_hpc.p2p.scheduler import Swarm
 
 
 @pytest.mark.parametrize(

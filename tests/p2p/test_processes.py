@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, Start, clean_env
 
 from mooncake_hpc.metadata.store import open_store
-from mooncake_hpc.p2p.catalogue import Catalogue, ObjectInfo
+from mooncake_hpc.p2p.catalog import Catalogue, ObjectInfo
 
 P2P = [sys.executable, "-m", "mooncake_hpc", "p2p"]
 TTL = 2.0

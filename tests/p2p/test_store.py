@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mooncake_hpc.errors import (
+from mooncake_hpc.core.errors import (
     ConfigError,
     IntegrityError,
     ObjectExists,
@@ -22,11 +22,12 @@ from mooncake_hpc.errors import (
     TransferCancelled,
     TransferTimeout,
 )
-from mooncake_hpc.p2p import P2PStore, source
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.engine.remote_segment import Segment
+from mooncake_hpc.p2p import P2PStore
+from mooncake_hpc.p2p import fetcher as source
 from mooncake_hpc.p2p.digests import ALGORITHMS, NATIVE_FROM
 from mooncake_hpc.p2p.progress import Progress
-from mooncake_hpc.remote import Segment
-from mooncake_hpc.settings import Settings
 
 Open = Callable[..., P2PStore]
 SHARD = 1 << 16

@@ -9,9 +9,9 @@ import pytest
 from simulation import SHARD, Holder, Simulation
 from test_policy import bits, swarm
 
-from mooncake_hpc.p2p.holders import REST, STUCK, View
 from mooncake_hpc.p2p.hope import Hope
-from mooncake_hpc.p2p.swarm import PATIENCE, STALLED, Swarm
+from mooncake_hpc.p2p.peer_state import REST, STUCK, View
+from mooncake_hpc.p2p.scheduler import PATIENCE, STALLED, Swarm
 
 ALL = bits(0, 1, 2, 3)
 KINDS = ["good", "wrong", "mixed", "dead", "silent", "drip", "idle", "lying"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mooncake_hpc import TransferEngine
-from mooncake_hpc.errors import (
+from mooncake_hpc.core.errors import (
     MetadataError,
     ObjectNotFound,
     SizeMismatch,
@@ -23,7 +23,7 @@ from mooncake_hpc.errors import (
 from mooncake_hpc.metadata.memory import MemoryStore
 from mooncake_hpc.p2p import P2PStore
 from mooncake_hpc.p2p.fetch_files import fetch_path
-from mooncake_hpc.p2p.upstream import PREFIX, Checkpoint
+from mooncake_hpc.p2p.mooncake_payload import PREFIX, Checkpoint
 
 SHARD = 1 << 16
 SIZES = (3 * SHARD + 100, 1, 2 * SHARD)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mooncake_hpc
-from mooncake_hpc.errors import RegistrationError, SizeMismatch
+from mooncake_hpc.core.errors import RegistrationError, SizeMismatch
 
 
 def dtypes() -> list[torch.dtype]:

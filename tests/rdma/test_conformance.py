@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 
-from mooncake_hpc.settings import RdmaSettings, Settings
+from mooncake_hpc.core.settings import RdmaSettings, Settings
 from mooncake_hpc.testing.transports import TransportConformance
 
 REGION = 9 << 20  # bytes of one memory region at most: what a large registration is split into

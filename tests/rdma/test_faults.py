@@ -19,14 +19,14 @@ from rdma_resources import nothing_is_left as nothing_is_left
 
 from mooncake_hpc import READ, WRITE, TransferEngine
 from mooncake_hpc.control.client import exchange
-from mooncake_hpc.control.frames import Kind
-from mooncake_hpc.errors import ConfigError, DeviceError, MooncakeError, TransferError
+from mooncake_hpc.core.errors import ConfigError, DeviceError, MooncakeError, TransferError
+from mooncake_hpc.core.settings import RdmaSettings, Settings
 from mooncake_hpc.metadata.store import open_store
-from mooncake_hpc.settings import RdmaSettings, Settings
+from mooncake_hpc.testing.fork_server import Nursery
 from mooncake_hpc.testing.link import linked
-from mooncake_hpc.testing.nursery import Nursery
 from mooncake_hpc.testing.peer import PeerError, PeerProcess, digest, pattern
 from mooncake_hpc.transports.rdma import gid
+from mooncake_hpc.wire.rpc_frames import Kind
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("forked_peers")]
 
@@ -69,7 +69,7 @@ def test_no_such_gid(nics: list[str]) -> None:
 TWO_NODES = """
 import ctypes, os, resource, sys
 from mooncake_hpc import TransferEngine
-from mooncake_hpc.errors import MooncakeError
+from mooncake_hpc.core.errors import MooncakeError
 
 def carry(value):
     with (TransferEngine("a:1", "memory://x", protocol="rdma", bind_address="127.0.0.1") as a,

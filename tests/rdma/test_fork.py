@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import clean_env
 
-from mooncake_hpc.testing.nursery import Nursery
+from mooncake_hpc.testing.fork_server import Nursery
 
 PROGRAM = """
 import os, sys

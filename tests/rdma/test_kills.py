@@ -15,7 +15,7 @@ import pytest
 from rdma_resources import nothing_is_left as nothing_is_left
 
 from mooncake_hpc import READ, WRITE, TransferEngine
-from mooncake_hpc.errors import PeerLost
+from mooncake_hpc.core.errors import PeerLost
 from mooncake_hpc.testing.link import HOST, Link, requests
 from mooncake_hpc.testing.peer import PeerProcess
 

@@ -13,8 +13,8 @@ from conftest import ROOT, Start
 from interop import NEWEST, OUR_BENCH, VERSIONS, bench_target, peer_bench, peer_env, run_bench
 
 from mooncake_hpc import READ, TransferEngine
+from mooncake_hpc.core.settings import RdmaSettings, Settings
 from mooncake_hpc.metadata.store import open_store
-from mooncake_hpc.settings import RdmaSettings, Settings
 from mooncake_hpc.testing.link import requests
 from mooncake_hpc.testing.peer import PeerProcess, pattern
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mooncake_hpc import READ, REQUEST, WRITE, TransferEngine
-from mooncake_hpc.settings import RdmaSettings, Settings
+from mooncake_hpc.core.settings import RdmaSettings, Settings
 from mooncake_hpc.testing.peer import PeerProcess, digest, pattern
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("rxe", "forked_peers")]
@@ -129,7 +129,7 @@ def test_a_cable_is_pulled_and_plugged_in_mid_batch(rxe: list[str], opcode: int)
 
 
 def test_with_every_path_gone_the_first_cause_is_told(rxe: list[str]) -> None:
-    from mooncake_hpc.errors import TransferError
+    from mooncake_hpc.core.errors import TransferError
 
     with pair(rxe[:1], rxe[2:3]) as (engine, peer):
         local, remote = engine.allocate(SIZE), peer.call("allocate", SIZE)

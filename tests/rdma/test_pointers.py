@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mooncake_hpc import TransferEngine
-from mooncake_hpc.kernels import verbs as layout
 from mooncake_hpc.testing.peer import pattern
+from mooncake_hpc.transports.rdma import verbs_kernels as layout
 
 SIZE = 300_000
 

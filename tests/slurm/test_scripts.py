@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from sandbox import QUICK, SCRIPT, Sandbox, SiteEtcd, Watch
 
-from mooncake_hpc import topology
+from mooncake_hpc.transports.rdma import topology
 
 ETCD = "/usr/bin/etcd"  # the distribution's, fit for several members
 pytestmark = pytest.mark.usefixtures("clean")

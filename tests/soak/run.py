@@ -22,10 +22,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mooncake_hpc.core.settings import Settings
 from mooncake_hpc.metadata.base import MetadataStore
 from mooncake_hpc.metadata.embedded import EmbeddedEtcd
 from mooncake_hpc.metadata.store import open_store
-from mooncake_hpc.settings import Settings
 from soak import figures
 from soak.worker import STEADY
 

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mooncake_hpc import READ, REQUEST, WRITE, P2PStore, Segment, TransferEngine
-from mooncake_hpc.errors import (
+from mooncake_hpc.core.errors import (
     MooncakeError,
     ObjectNotFound,
     ObjectReplaced,

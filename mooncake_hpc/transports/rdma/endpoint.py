@@ -8,12 +8,12 @@ import threading
 import time
 from collections.abc import Callable
 
-from mooncake_hpc.errors import DeviceError, PeerLost
-from mooncake_hpc.settings import RdmaSettings
+from mooncake_hpc.core.errors import DeviceError, PeerLost
+from mooncake_hpc.core.settings import RdmaSettings
 from mooncake_hpc.transports.rdma.gid import Gid
-from mooncake_hpc.transports.rdma.handshake import Hello
 from mooncake_hpc.transports.rdma.nic import Nic
 from mooncake_hpc.transports.rdma.verbs import Calls, Link
+from mooncake_hpc.wire.rdma_handshake import Hello
 
 log = logging.getLogger(__name__)
 

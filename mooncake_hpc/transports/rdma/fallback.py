@@ -7,7 +7,7 @@ import errno
 import logging
 from typing import Any
 
-from mooncake_hpc.kernels import verbs as layout
+from mooncake_hpc.transports.rdma import verbs_kernels as layout
 
 log = logging.getLogger(__name__)
 

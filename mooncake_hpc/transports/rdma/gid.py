@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mooncake_hpc.errors import ConfigError
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.errors import ConfigError
+from mooncake_hpc.core.settings import Settings
 
 INFINIBAND = Path("/sys/class/infiniband")
 ROCE_V2, ROCE_V1_OR_IB = "RoCE v2", "IB/RoCE v1"  # the kernel's words in gid_attrs/types

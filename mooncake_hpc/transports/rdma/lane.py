@@ -11,21 +11,23 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from mooncake_hpc.errors import DeviceError, MooncakeError, PeerLost
-from mooncake_hpc.kernels import lane as layout
-from mooncake_hpc.kernels import rails, rdma_post, recut
-from mooncake_hpc.kernels import rdma as native
-from mooncake_hpc.kernels import verbs as verbs_layout
-from mooncake_hpc.segment import SegmentDescriptor
-from mooncake_hpc.settings import Settings
-from mooncake_hpc.topology import Topology
+from mooncake_hpc.core.errors import DeviceError, MooncakeError, PeerLost
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.transports import queue_kernels as layout
+from mooncake_hpc.transports import recut_kernels as recut
 from mooncake_hpc.transports.base import Peer, Route
-from mooncake_hpc.transports.lane import Lane, code_of, spin_time
+from mooncake_hpc.transports.queue import Lane, code_of, spin_time
+from mooncake_hpc.transports.rdma import poll_kernels as native
+from mooncake_hpc.transports.rdma import post_kernels as rdma_post
+from mooncake_hpc.transports.rdma import rail_kernels as rails
+from mooncake_hpc.transports.rdma import verbs_kernels as verbs_layout
 from mooncake_hpc.transports.rdma.nic import Nic
 from mooncake_hpc.transports.rdma.paths import Path, Plan, plan
 from mooncake_hpc.transports.rdma.pool import Pool
 from mooncake_hpc.transports.rdma.rail import Rail
 from mooncake_hpc.transports.rdma.regions import KeyTables, Regions, remote_rows
+from mooncake_hpc.transports.rdma.topology import Topology
+from mooncake_hpc.wire.descriptor import SegmentDescriptor
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ SPIN_FACTOR = 4  # of what other lanes poll: the peer needs no core of ours to a
 
 
 class LaneBlock:
-    """The words of `kernels.rdma` in a lane's block, and the arrays that they refer to."""
+    """The words of `transports.rdma.poll_kernels` in a lane's block, and the arrays that they refer to."""
 
     def __init__(self, words: np.ndarray, slots: int) -> None:
         """`slots` is how many slices may ever be under way."""

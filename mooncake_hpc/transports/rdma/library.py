@@ -7,8 +7,8 @@ import errno
 import functools
 import os
 
-from mooncake_hpc.errors import DeviceError
-from mooncake_hpc.kernels import verbs as layout
+from mooncake_hpc.core.errors import DeviceError
+from mooncake_hpc.transports.rdma import verbs_kernels as layout
 
 
 def peek(address: int, size: int) -> int:

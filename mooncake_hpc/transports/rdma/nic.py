@@ -8,10 +8,9 @@ import os
 import threading
 from collections.abc import Callable
 
-from mooncake_hpc import topology
-from mooncake_hpc.errors import ConfigError, DeviceError
-from mooncake_hpc.settings import Settings
-from mooncake_hpc.transports.rdma import gid, verbs
+from mooncake_hpc.core.errors import ConfigError, DeviceError
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.transports.rdma import gid, topology, verbs
 from mooncake_hpc.transports.rdma.verbs import Device, Port
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mooncake_hpc.topology import Choices
+from mooncake_hpc.transports.rdma.topology import Choices
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,15 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mooncake_hpc.errors import DeviceError, MalformedRecord, MooncakeError, PeerLost
-from mooncake_hpc.segment import SegmentDescriptor
-from mooncake_hpc.settings import RdmaSettings
+from mooncake_hpc.core.errors import DeviceError, MalformedRecord, MooncakeError, PeerLost
+from mooncake_hpc.core.settings import RdmaSettings
 from mooncake_hpc.transports.base import Peer
 from mooncake_hpc.transports.rdma.endpoint import READY_TIMEOUT, Endpoint
 from mooncake_hpc.transports.rdma.gid import Gid
-from mooncake_hpc.transports.rdma.handshake import LONGEST_ERROR, Hello
 from mooncake_hpc.transports.rdma.nic import Nic
 from mooncake_hpc.transports.rdma.sieve import Sieve
+from mooncake_hpc.wire.descriptor import SegmentDescriptor
+from mooncake_hpc.wire.rdma_handshake import LONGEST_ERROR, Hello
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from mooncake_hpc.kernels import rails
-from mooncake_hpc.kernels import verbs as layout
-from mooncake_hpc.kernels.lane import TIMED_OUT
+from mooncake_hpc.transports.queue_kernels import TIMED_OUT
+from mooncake_hpc.transports.rdma import rail_kernels as rails
 from mooncake_hpc.transports.rdma import verbs
+from mooncake_hpc.transports.rdma import verbs_kernels as layout
 from mooncake_hpc.transports.rdma.endpoint import Endpoint
 from mooncake_hpc.transports.rdma.paths import Path
 from mooncake_hpc.transports.rdma.verbs import Calls

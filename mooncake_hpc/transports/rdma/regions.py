@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from mooncake_hpc.errors import RegistrationError
-from mooncake_hpc.kernels import prepare, ranges
-from mooncake_hpc.segment import BufferDescriptor, SegmentDescriptor
-from mooncake_hpc.settings import RdmaSettings
-from mooncake_hpc.topology import Topology
+from mooncake_hpc.core.errors import RegistrationError
+from mooncake_hpc.core.settings import RdmaSettings
+from mooncake_hpc.native import prepare, ranges
 from mooncake_hpc.transports.base import Registration
 from mooncake_hpc.transports.rdma.nic import Nic
+from mooncake_hpc.transports.rdma.topology import Topology
+from mooncake_hpc.wire.descriptor import BufferDescriptor, SegmentDescriptor
 
 log = logging.getLogger(__name__)
 

@@ -9,19 +9,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mooncake_hpc.errors import ConfigError, DeviceError, MooncakeError
-from mooncake_hpc.kernels import rdma as native
-from mooncake_hpc.kernels.compiled import compile_ahead
-from mooncake_hpc.segment import BufferDescriptor, DeviceDescriptor, SegmentDescriptor
-from mooncake_hpc.settings import Settings
-from mooncake_hpc.topology import Topology, devices
+from mooncake_hpc.core.errors import ConfigError, DeviceError, MooncakeError
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.core.trouble import Trouble
+from mooncake_hpc.native.compile import compile_ahead
 from mooncake_hpc.transports.base import Peer, Registration, Transport
-from mooncake_hpc.transports.lane import SHARED_KERNELS
+from mooncake_hpc.transports.queue import SHARED_KERNELS
+from mooncake_hpc.transports.rdma import poll_kernels as native
 from mooncake_hpc.transports.rdma.lane import RdmaLane, RdmaRoute
 from mooncake_hpc.transports.rdma.nic import Nic
 from mooncake_hpc.transports.rdma.pool import Pool
 from mooncake_hpc.transports.rdma.regions import KeyTables, Regions, remote_rows
-from mooncake_hpc.trouble import Trouble
+from mooncake_hpc.transports.rdma.topology import Topology, devices
+from mooncake_hpc.wire.descriptor import BufferDescriptor, DeviceDescriptor, SegmentDescriptor
 
 log = logging.getLogger(__name__)
 

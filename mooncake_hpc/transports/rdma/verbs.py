@@ -33,8 +33,8 @@ from pyverbs.pyverbs_error import PyverbsError
 from pyverbs.qp import QP, QPAttr, QPCap, QPInitAttr
 from pyverbs.wr import SGE, SendWR
 
-from mooncake_hpc.errors import DeviceError
-from mooncake_hpc.kernels import verbs as layout
+from mooncake_hpc.core.errors import DeviceError
+from mooncake_hpc.transports.rdma import verbs_kernels as layout
 from mooncake_hpc.transports.rdma.fallback import Callbacks
 from mooncake_hpc.transports.rdma.gid import ROCE_V1_OR_IB, ROCE_V2, Gid
 from mooncake_hpc.transports.rdma.library import Region, peek

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mooncake_hpc.authentication import Authentication
-from mooncake_hpc.errors import AuthenticationError, PeerLost, PeerSilent
-from mooncake_hpc.kernels import shm
-from mooncake_hpc.kernels.compiled import compile_ahead
-from mooncake_hpc.segment import SegmentDescriptor
+from mooncake_hpc.core.authentication import Authentication
+from mooncake_hpc.core.errors import AuthenticationError, PeerLost, PeerSilent
+from mooncake_hpc.native.compile import compile_ahead
 from mooncake_hpc.transports.base import Peer, Registration, Transport
-from mooncake_hpc.transports.lane import SHARED_KERNELS
+from mooncake_hpc.transports.queue import SHARED_KERNELS
 from mooncake_hpc.transports.shm import handoff
+from mooncake_hpc.transports.shm import kernels as shm
 from mooncake_hpc.transports.shm.client import ShmRoute, dial
 from mooncake_hpc.transports.shm.server import ShmServer
+from mooncake_hpc.wire.descriptor import SegmentDescriptor
 
 
 class ShmTransport(Transport):

@@ -12,17 +12,17 @@ from bisect import bisect_right
 import numpy as np
 import numpy.typing as npt
 
-from mooncake_hpc.errors import MalformedRecord, MooncakeError, PeerLost, PeerSilent, RegistrationError
-from mooncake_hpc.kernels import lane as layout
-from mooncake_hpc.kernels import ranges
-from mooncake_hpc.kernels import shm as native
-from mooncake_hpc.kernels.native import word
-from mooncake_hpc.memory import Bytes, MemoryFile
-from mooncake_hpc.process import own
-from mooncake_hpc.segment import SegmentDescriptor
+from mooncake_hpc.core.errors import MalformedRecord, MooncakeError, PeerLost, PeerSilent, RegistrationError
+from mooncake_hpc.core.memory import Bytes, MemoryFile
+from mooncake_hpc.core.process import own
+from mooncake_hpc.native import ranges
+from mooncake_hpc.native.atomics import word
+from mooncake_hpc.transports import queue_kernels as layout
 from mooncake_hpc.transports.base import Peer, Route, Tables
-from mooncake_hpc.transports.lane import Lane, code_of
+from mooncake_hpc.transports.queue import Lane, code_of
 from mooncake_hpc.transports.shm import handoff
+from mooncake_hpc.transports.shm import kernels as native
+from mooncake_hpc.wire.descriptor import SegmentDescriptor
 
 
 class Maps:

@@ -1,7 +1,7 @@
 """How memory files pass between processes of a host: JSON frames and descriptors over a Unix socket.
 
 The socket's name is abstract and random: it needs no folder and leaves nothing behind. Who reaches it is in the
-same network namespace; its user is checked by SO_PEERCRED. With a secret (`mooncake_hpc.authentication`) the first
+same network namespace; its user is checked by SO_PEERCRED. With a secret (`mooncake_hpc.core.authentication`) the first
 frames are `{"hello": nonce}`, `{"challenge": …}` and `{"proof": …}` in hexadecimal digits; `{"refused": …}` ends a
 connection.
 """
@@ -18,10 +18,10 @@ from typing import Annotated, Any, TypeVar
 
 from msgspec import Meta, Struct
 
-from mooncake_hpc.authentication import Authentication, Expected, Purpose, Reason, refusal
-from mooncake_hpc.decode import Address, Count, Length, Positive, Reader, Text, check_range
-from mooncake_hpc.errors import MalformedRecord
-from mooncake_hpc.segment import MAX_BUFFERS
+from mooncake_hpc.core.authentication import Authentication, Expected, Purpose, Reason, refusal
+from mooncake_hpc.core.decode import Address, Count, Length, Positive, Reader, Text, check_range
+from mooncake_hpc.core.errors import MalformedRecord
+from mooncake_hpc.wire.descriptor import MAX_BUFFERS
 
 HELLO_BYTES = 1 << 10  # longest frame of a client that has proved nothing yet
 LENGTH = struct.Struct("<I")

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mooncake_hpc.authentication import Authentication
-from mooncake_hpc.errors import MooncakeError
-from mooncake_hpc.kernels import shm as native
-from mooncake_hpc.memory import MemoryFile
-from mooncake_hpc.process import own, own_listener
+from mooncake_hpc.core.authentication import Authentication
+from mooncake_hpc.core.errors import MooncakeError
+from mooncake_hpc.core.memory import MemoryFile
+from mooncake_hpc.core.process import own, own_listener
+from mooncake_hpc.core.trouble import Trouble
 from mooncake_hpc.transports.base import Registration
 from mooncake_hpc.transports.shm import handoff
-from mooncake_hpc.trouble import Trouble
+from mooncake_hpc.transports.shm import kernels as native
 
 log = logging.getLogger(__name__)
 

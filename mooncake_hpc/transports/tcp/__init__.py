@@ -6,15 +6,18 @@ import socket
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mooncake_hpc.authentication import Authentication
-from mooncake_hpc.kernels import recut, tcp_accept, tcp_client, tcp_lists
-from mooncake_hpc.kernels.compiled import compile_ahead
-from mooncake_hpc.segment import SegmentDescriptor
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.authentication import Authentication
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.native.compile import compile_ahead
+from mooncake_hpc.transports import recut_kernels as recut
 from mooncake_hpc.transports.base import Peer, Registration, Transport
-from mooncake_hpc.transports.lane import SHARED_KERNELS
+from mooncake_hpc.transports.queue import SHARED_KERNELS
+from mooncake_hpc.transports.tcp import accept_kernels as tcp_accept
+from mooncake_hpc.transports.tcp import client_kernels as tcp_client
+from mooncake_hpc.transports.tcp import pipeline_kernels as tcp_lists
 from mooncake_hpc.transports.tcp.client import TcpRoute
 from mooncake_hpc.transports.tcp.server import TcpServer
+from mooncake_hpc.wire.descriptor import SegmentDescriptor
 
 CLIENT_KERNELS = tcp_client.lead, *tcp_lists.KERNELS, *recut.KERNELS
 

@@ -13,19 +13,21 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from mooncake_hpc.address import dial, explain_failure, join
-from mooncake_hpc.authentication import Expected, Reason, refusal
-from mooncake_hpc.errors import MooncakeError, PeerLost
-from mooncake_hpc.interrupt import Interrupt, Interrupted
-from mooncake_hpc.kernels import lane as layout
-from mooncake_hpc.kernels import recut, tcp_client, tcp_lists
-from mooncake_hpc.kernels.sockets import LIST
-from mooncake_hpc.segment import SegmentDescriptor
-from mooncake_hpc.settings import Settings
+from mooncake_hpc.core.address import dial, explain_failure, join
+from mooncake_hpc.core.authentication import Expected, Reason, refusal
+from mooncake_hpc.core.errors import MooncakeError, PeerLost
+from mooncake_hpc.core.interrupt import Interrupt, Interrupted
+from mooncake_hpc.core.settings import Settings
+from mooncake_hpc.native.sockets import LIST
+from mooncake_hpc.transports import queue_kernels as layout
+from mooncake_hpc.transports import recut_kernels as recut
 from mooncake_hpc.transports.base import WHOLE, Peer, Route, Tables
-from mooncake_hpc.transports.lane import Lane, code_of
+from mooncake_hpc.transports.queue import Lane, code_of
+from mooncake_hpc.transports.tcp import client_kernels as tcp_client
+from mooncake_hpc.transports.tcp import pipeline_kernels as tcp_lists
 from mooncake_hpc.transports.tcp import proofs
 from mooncake_hpc.transports.tcp.options import find_vanished, set_options
+from mooncake_hpc.wire.descriptor import SegmentDescriptor
 
 ATTEMPTS = 3  # connections in a row without one more completed slice before the queue fails
 BACKOFF = 0.05  # seconds before the second attempt, doubled for each further one

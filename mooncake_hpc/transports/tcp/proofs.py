@@ -15,7 +15,7 @@ import socket
 import struct
 import time
 
-from mooncake_hpc.authentication import (
+from mooncake_hpc.core.authentication import (
     CHALLENGE_BYTES,
     NONCE_BYTES,
     PROOF_BYTES,
@@ -26,9 +26,9 @@ from mooncake_hpc.authentication import (
     Reason,
     refusal,
 )
-from mooncake_hpc.control import frames
-from mooncake_hpc.errors import AuthenticationError
-from mooncake_hpc.kernels.tcp_lists import OK, UNPROVED, VERSION_2
+from mooncake_hpc.core.errors import AuthenticationError
+from mooncake_hpc.transports.tcp.pipeline_kernels import OK, UNPROVED, VERSION_2
+from mooncake_hpc.wire import rpc_frames as frames
 
 HEADER = struct.Struct("<QQQ")  # size, address, opcode and padding
 OPCODE = 0xA0  # bit 7: refused by a status word, as in version 2

@@ -14,15 +14,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mooncake_hpc.authentication import Authentication
-from mooncake_hpc.kernels import tcp_accept, tcp_server
-from mooncake_hpc.kernels.compiled import preload
-from mooncake_hpc.kernels.sockets import LIST
-from mooncake_hpc.kernels.tcp_lists import OK
+from mooncake_hpc.core.authentication import Authentication
+from mooncake_hpc.native.compile import preload
+from mooncake_hpc.native.sockets import LIST
 from mooncake_hpc.transports.base import Registration, Tables
-from mooncake_hpc.transports.lane import spin_time
+from mooncake_hpc.transports.queue import spin_time
+from mooncake_hpc.transports.tcp import accept_kernels as tcp_accept
 from mooncake_hpc.transports.tcp import proofs
+from mooncake_hpc.transports.tcp import server_kernels as tcp_server
 from mooncake_hpc.transports.tcp.options import LOCAL_SEND_BUFFER, find_vanished
+from mooncake_hpc.transports.tcp.pipeline_kernels import OK
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""The transfer engine: batches, their submission, slicing, remote segments, registrations."""

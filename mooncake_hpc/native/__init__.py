@@ -1,0 +1,1 @@
+"""The ground of the kernels: compilation and its cache, atomics, sockets, address ranges, spinning, digests."""
