@@ -20,7 +20,7 @@ from typing import Any
 Commands = dict[str, Callable[..., Any]]
 
 HOMES = {"data": "data_port", "rpc": "rpc_port", "handshake": "handshake", "handoff": "handoff"}
-HOMES |= {"reader": "handoff", "stranger": "stranger", "records": "records", "boards": "boards", "guarded": "guarded"}
+HOMES |= {"reader": "handoff", "stranger": "stranger", "records": "records", "boards": "boards"}
 
 
 def settle() -> None:

@@ -33,7 +33,6 @@ TARGETS = {
     "boards": ("boards", "Boards"),
     "engines": ("machines", "Engines"),
     "stores": ("machines", "Stores"),
-    "guarded": ("guarded", "Guarded"),
 }
 CHECK_INTERVAL_S = 1.0
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fuzz import values
+from fuzz import rpc_port, values
 from fuzz.data_port import BASE, BUFFERS, HEADER, OPEN, PAGE, DataPort, map_memory, target_engine
 from fuzz.node import Commands
 from fuzz.target import Case, Finding, Node
@@ -77,6 +77,8 @@ class Stranger(DataPort):
                 place = chance.randrange(len(messages))
                 if messages[place] != ECHO:
                     messages[place] = values.mutate_bytes(chance, messages[place])
+            if chance.random() < 0.1 and ECHO not in messages:
+                messages = values.cut(chance, b"".join(messages)[: chance.choice((8, 24, 96, 97, 130, 4000))])
             self.frames += len(messages)
             case.append([port, *messages])
         return case
@@ -104,7 +106,9 @@ class Stranger(DataPort):
         if chance.random() < 0.3:
             request = b"\2" + json.dumps({"name": "stranger", "notify_msg": "let me in"}).encode()
         if chance.random() < 0.3:
-            return [RPC_LENGTH.pack(len(request)) + request]
+            kind, value = rpc_port.requests(chance)
+            text = values.mutate_json(chance, value) if chance.random() < 0.5 else values.dump(value)
+            return values.cut(chance, rpc_port.frame(chance, kind, text))
         nonce = chance.randbytes(chance.choice((0, 31, 32, 32, 32))).hex().encode()
         hello = bytes([OPCODE]) + chance.choice((b"H", b"H", b"H", b"C", b"Q", b"R", b"X")) + nonce
         messages = [RPC_LENGTH.pack(len(hello)) + hello]

@@ -21,7 +21,6 @@ SECONDS = {
     "reader": 5.0,
     "records": 8.0,
     "boards": 5.0,
-    "guarded": 5.0,
 }
 LEAST = {
     "data": 20_000,
@@ -32,7 +31,6 @@ LEAST = {
     "reader": 20,
     "records": 500,
     "boards": 500,
-    "guarded": 100,
 }
 """Frames in that time, of a machine that does much else."""
 
