@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ STORES = 3
 NAMES = st.sampled_from(["a", "a/b", "ä %2F"])
 WHICH = st.integers(0, STORES - 1)
 SIZES = st.sampled_from([1, 65536, 200_001, 1_000_000])
+PATIENCE = 3.0  # seconds for other holders to put back what the one that left has taken along
 spaces = itertools.count()
 
 
@@ -67,11 +69,11 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(which=WHICH, name=NAMES, part=st.booleans())
     def pull(self, which: int, name: str, part: bool) -> None:
         alive, held = self._alive(name), self._held(name)
-        byte_range = None
+        byte_range, wait = None, PATIENCE if alive else 0.0
         if part and name in self.current and self.current[name].size > 10:
             byte_range = (3, self.current[name].size - 4)
         try:
-            (array,) = self.stores[which].get_replica(name, timeout=20, byte_range=byte_range).arrays
+            (array,) = self.stores[which].get_replica(name, timeout=20, wait=wait, byte_range=byte_range).arrays
         except ObjectNotFound:
             assert not alive
             return
@@ -117,7 +119,10 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(which=WHICH)
     def look(self, which: int) -> None:
-        found = {info.name: info for info in self.stores[which].list()}
+        alive = {name for name in self.current if self._alive(name)}
+        end = time.monotonic() + PATIENCE
+        while alive - (found := {info.name: info for info in self.stores[which].list()}).keys():
+            assert time.monotonic() < end, (alive, found)
         for name in self.current:
             if self._alive(name):
                 assert found[name].size == self.current[name].size
