@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
 import sys
 from types import ModuleType
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, clean_env
 
 import mooncake_hpc
 
@@ -98,3 +99,21 @@ def test_links_to_files_that_are_no_pages_become_words() -> None:
     text = "[run](../benchmarks/README.md#how) [code](../launch/docs) [gone](../no/such.md) [web](https://example.org)"
     shown = generate.relinked(text, "docs/benchmarks.md", "benchmarks.md")
     assert shown == "[run](benchmarks/running.md#how) code [gone](../no/such.md) [web](https://example.org)"
+
+
+def examples() -> list[tuple[str, str]]:
+    """Programs of the pages, but those for which torch would have to be installed."""
+    found = []
+    for file in sorted((ROOT / "docs").rglob("*.md")):
+        blocks = re.findall(r"```python\n(.*?)```", file.read_text(), re.DOTALL)
+        found += [(f"{file.stem}-{number}", text) for number, text in enumerate(blocks) if "import torch" not in text]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, _ in examples()])
+def test_programs_of_the_pages_run(name: str) -> None:
+    command = [sys.executable, "-c", dict(examples())[name]]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=clean_env(), check=False)
+    assert result.returncode == 0, result
+    assert "True" in result.stdout and "False" not in result.stdout, result
