@@ -2,7 +2,7 @@
 and other programs of ours.
 
 `Nursery` is the test's side; `python -m mooncake_hpc.testing.fork_server FD PROTOCOL…` is the process, which ends with
-its the socket FD. It has moved bytes over the protocols once, so that all kernels are loaded, and has no thread when it
+its socket FD. It has moved bytes over the protocols once, so that all kernels are loaded, and has no thread when it
 forks.
 Where every start costs much, as in an emulated guest, a test session sets `peer.nursery` to one.
 """
