@@ -289,7 +289,7 @@ def api() -> str:
 
 
 def _constant(name: str, value: Any) -> str:
-    text = f"## {name}\n\n{CONSTANTS[name]}\n\n"
+    text = f"## {name}\n\n{_told(CONSTANTS, name, 'CONSTANTS')}\n\n"
     if (members := getattr(value, "fields", None)) is None:
         return f"{text}Its value is `{value}`.\n\n"
     text += "| field | dtype | offset |\n| --- | --- | --- |\n"
@@ -449,7 +449,7 @@ def error_table() -> str:
         text += f"| [`{name}`](#{name.lower()}) | {bases} | {_line(_first_paragraph(kind))} |\n"
     text += "\n"
     for name in classes:
-        cause, fix = CAUSES[name]
+        cause, fix = _told(CAUSES, name, "CAUSES")
         text += f"## {name}\n\n{_line(inspect.getdoc(classes[name]) or '')}\n\n**Cause.** {cause}\n\n**Fix.** {fix}\n\n"
     return text
 
@@ -524,6 +524,12 @@ def results() -> str:
 def _type(value: Any) -> str:
     names = {bool: "boolean", int: "integer", float: "number", str: "text", list: "list", dict: "object"}
     return names.get(type(value), "null")
+
+
+def _told(texts: Mapping[str, Any], name: str, table: str) -> Any:
+    if name not in texts:
+        raise LookupError(f"{name} is missing in {table} of docs/generate.py")
+    return texts[name]
 
 
 def _line(text: str) -> str:
