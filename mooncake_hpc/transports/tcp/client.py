@@ -108,6 +108,10 @@ class TcpLane(Lane):
         if connection is not None:
             connection.close()
 
+    def let_go(self) -> None:
+        """Segments that were replaced stay until the engine is closed, without the lists of their lanes."""
+        self._buffers = np.zeros(0, np.int64)
+
     def repair(self) -> None:
         if self._socket is not None:
             self._bury()
