@@ -404,16 +404,36 @@ def environment() -> str:
         cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
         name = re.match(r"`(\w+)`", cells[0]) if cells else None
         if cells and cells[0] == "variable":
-            line = "| variable | default | meaning | field of `Settings` |"
+            line = "| variable | accepts | default | meaning | field of `Settings` |"
         elif cells and set(cells[0]) <= {"-"}:
-            line = "| --- | --- | --- | --- |"
+            line = "| --- | --- | --- | --- | --- |"
         elif name and name[1] in known:
             field = known[name[1]]
-            line = f"| {cells[0]} | {shown(values[field])} | {cells[2]} | `{field}` |"
+            line = (
+                f"| {cells[0]} | {accepted(name[1], values[field])} | {shown(values[field])} | {cells[2]} | `{field}` |"
+            )
         elif name:
-            line = f"| {cells[0]} | {cells[1]} | {cells[2]} | |"
+            line = f"| {cells[0]} | a folder | {cells[1]} | {cells[2]} | |"
         lines.append(line)
     return relinked("\n".join(lines) + "\n", "docs/variables.md", "reference/environment.md")
+
+
+def accepted(name: str, default: Any) -> str:
+    """What values the variable may have, by what the code says of wrong ones."""
+    said = []
+    for wrong in ("x", "-" + "9" * 30):
+        try:
+            mooncake_hpc.Settings.from_env({name: wrong})
+        except errors.ConfigError as error:
+            said.append(str(error))
+    text = " ".join(said)
+    if limits := re.search(r"is outside (-?\d+) to (\d+)", text):
+        high = int(limits[2])
+        power = high.bit_length() - 1
+        return f"{limits[1]} to {f'2^{power}' if power >= 20 and high == 1 << power else high}"
+    if "seconds" in text:
+        return "seconds above 0"
+    return "0 or 1" if isinstance(default, bool) else "text"
 
 
 def shown(value: Any) -> str:

@@ -54,8 +54,8 @@ def test_every_variable_is_in_the_table_with_its_default_and_field(pages: dict[s
     assert len(known) > 40
     for name, field in known.items():
         if name in rows:
-            default, meaning, shown_field = (cell.strip() for cell in rows[name].split("|"))
-            assert (default, shown_field) == (generate.shown(defaults[field]), f"`{field}`") and meaning
+            accepts, default, meaning, shown_field = (cell.strip() for cell in rows[name].split("|"))
+            assert (default, shown_field) == (generate.shown(defaults[field]), f"`{field}`") and accepts and meaning
         else:
             assert f"`{name}`" in pages["reference/environment.md"], name
     assert fields == set(defaults)  # no field that no variable sets
