@@ -30,7 +30,7 @@ PAIRS = [  # whose engine has which, what the reader is told
 ]
 numbers = itertools.count()
 
-pytestmark = pytest.mark.usefixtures("no_leaks")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from mooncake_hpc.transports.tcp.pipeline_kernels import OK, UNPROVED
 from mooncake_hpc.transports.tcp.server import TcpServer
 from mooncake_hpc.wire import rpc_frames as frames
 
-pytestmark = pytest.mark.usefixtures("no_leaks")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
 
 KEY, OTHER = Secret(b"the secret of these tests"), Secret(b"the secret of other tests")
 SETTINGS = Settings()

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, clean_env
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
 MARK = "# mooncake_hpc batch jobs, version 1\n"
 # `scontrol show job`, with what stands around the command

@@ -31,7 +31,7 @@ HOST = "127.0.0.1"
 SLACK = 0.5  # seconds that a deadline may be missed by
 SIZE = 24 << 20  # bytes: more than the socket buffers of both sides hold
 
-pytestmark = pytest.mark.usefixtures("no_leaks")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ TRANSPORTS = ["tcp", "shm"]
 OPERATORS = {"__enter__", "__await__", "__len__"}  # that are public calls, too
 ENDS = {"close"}  # nothing happens, and nothing is raised
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")]
 
 
 def in_child(function: Callable[[], Any], timeout: float = 30.0) -> Any:

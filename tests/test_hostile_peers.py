@@ -24,7 +24,7 @@ from mooncake_hpc.metadata.store import open_store
 from mooncake_hpc.transports.shm import handoff
 from mooncake_hpc.wire.descriptor import SegmentDescriptor
 
-pytestmark = pytest.mark.usefixtures("no_leaks")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
 
 SIZE = 1 << 16
 WHERE = 1 << 40

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 source launch/_common.sh
 work() { mkdir "$1.busy" || { echo both; return; }; sleep 0.2; rmdir "$1.busy"; echo done; }

@@ -27,6 +27,8 @@ print("works")
 SHOW_FOLDER = "from mooncake_hpc.native.cache_folder import kernel_folder; print(kernel_folder())"
 SET_HOST_NAME = """
 import ctypes, os, sys
+
+pytestmark = pytest.mark.slow
 libc, name = ctypes.CDLL(None, use_errno=True), os.fsencode(sys.argv[1])
 if libc.unshare(0x04000000) or libc.sethostname(name, len(name)):  # CLONE_NEWUTS
     sys.exit(os.strerror(ctypes.get_errno()))
@@ -155,7 +157,6 @@ def test_a_small_shared_memory_is_told_before_mpi_starts(mpirun: str) -> None:
 
 
 @as_root
-@pytest.mark.slow
 def test_a_disk_that_is_full_in_the_middle_of_out(etcd: str, start: Start, tmp_path: Path) -> None:
     p2p = [*COMMAND, "p2p", f"--metadata_server={etcd}", "--protocol=tcp", "--name=too-large-for-the-disk"]
     trainer = start(*p2p, "--cmd=trainer", "--local_server_name=t:21125", f"--size={16 << 20}", "--idle=60")

@@ -20,6 +20,8 @@ SIGNS = "µ×█…→≥ü\udcff"
 ALL_HELP = f"""
 from mooncake_hpc.__main__ import main
 from mooncake_hpc.cli import streams
+
+pytestmark = pytest.mark.slow
 assert not any([main(["--help"]), *(main([name, "--help"]) for name in {sorted(COMMANDS)})])
 with streams.guarded():
     print({SIGNS!a})

@@ -23,7 +23,7 @@ from mooncake_hpc.testing.peer import PeerProcess
 SIZE = 1 << 20
 LIMIT = 30.0  # seconds
 
-pytestmark = pytest.mark.usefixtures("no_leaks")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_leaks")]
 
 
 class Pair:

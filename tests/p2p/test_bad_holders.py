@@ -19,6 +19,8 @@ from mooncake_hpc.p2p.catalog import Holder
 from mooncake_hpc.p2p.local_objects import Held
 from mooncake_hpc.p2p.manifest import Manifest
 
+pytestmark = pytest.mark.slow
+
 SHARDS = 48
 WITHIN_S = 10.0  # twice what it takes, 5 s, and 3 s for the bad one
 
@@ -115,7 +117,6 @@ with P2PStore(name, etcd, protocol="tcp", settings=Settings(lease_ttl=60, tcp_bi
 """
 
 
-@pytest.mark.slow
 def test_a_stopped_holder_on_this_host(etcd: str) -> None:
     holders = []
     try:

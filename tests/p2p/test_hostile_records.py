@@ -23,6 +23,8 @@ from mooncake_hpc.p2p.job import P2PConfig, run_list, run_trainer
 from mooncake_hpc.p2p.mooncake_payload import PREFIX
 from mooncake_hpc.p2p.report import list_lines
 
+pytestmark = pytest.mark.slow
+
 OBJECTS = "mooncake_hpc/p2p/object/"
 HUGE = 10**10  # shards
 SETTINGS = Settings(lease_ttl=1.0)

@@ -26,6 +26,8 @@ from mooncake_hpc.p2p.partial import MARK
 from mooncake_hpc.p2p.places import plan
 from mooncake_hpc.p2p.register_files import register_path
 
+pytestmark = pytest.mark.slow
+
 
 def snapshot(root: Path) -> dict[str, object]:
     """All that lies there: what it is, where it leads, what it holds."""

@@ -13,6 +13,8 @@ from mooncake_hpc.p2p.hope import Hope
 from mooncake_hpc.p2p.peer_state import REST, STUCK, View
 from mooncake_hpc.p2p.scheduler import PATIENCE, STALLED, Swarm
 
+pytestmark = pytest.mark.slow
+
 ALL = bits(0, 1, 2, 3)
 KINDS = ["good", "wrong", "mixed", "dead", "silent", "drip", "idle", "lying"]
 AT_MOST_S = 5.0, 3.0  # seconds above twice the time that good holders alone take: in all, and for each bad holder
