@@ -90,11 +90,6 @@ def explained(key: str, known: dict[str, str], found: list[str]) -> bool:
     return bool(generate.explained(key, known)) or f"{key}.*" in known
 
 
-def test_the_site_loads_nothing_from_elsewhere() -> None:
-    text = (ROOT / "mkdocs.yml").read_text()
-    assert "font: false" in text and "http" not in text
-
-
 def test_links_to_files_that_are_no_pages_become_words() -> None:
     text = "[run](../benchmarks/README.md#how) [code](../launch/docs) [gone](../no/such.md) [web](https://example.org)"
     shown = generate.relinked(text, "docs/benchmarks.md", "benchmarks.md")
