@@ -82,9 +82,10 @@ class TransferEngine:
         self._lock = threading.RLock()
         self._registrations: Registrations = ()
         self._segments: dict[int, Segment] = {}
+        self._replaced: dict[int, str] = {}  # names of segments that were replaced, by their former id
         self._by_name: dict[str, Segment] = {}
         self._notifications = Notifications()
-        self._submitter = Submitter(self._segments, self._settings.transfer_timeout)
+        self._submitter = Submitter(self._segments, self._replaced, self._settings.transfer_timeout)
         self._adopt(())
         self._closed = False
         try:
@@ -285,8 +286,9 @@ class TransferEngine:
             if known is not None:
                 if not known.replaced():
                     return known
-                known.close(f"the process of segment {name!r} was replaced: open the segment again")
-            segment = Segment(len(self._segments), name, self._directory, self._settings, self._authentication)
+                self._let_go(known)
+            number = len(self._segments) + len(self._replaced)
+            segment = Segment(number, name, self._directory, self._settings, self._authentication)
             try:
                 with limited(f"segment {name!r} cannot be reached"):
                     segment.connect(self._transports)
@@ -295,8 +297,15 @@ class TransferEngine:
                 raise
             self._segments[segment.id] = segment
             self._by_name[name] = segment
-            self._submitter.set_segments(list(self._segments.values()))
+            self._submitter.set_segments()
             return segment
+
+    def _let_go(self, segment: Segment) -> None:
+        """Close a segment whose process was replaced. Its id is never used again, and costs next to nothing."""
+        segment.close(f"the process of segment {segment.name!r} was replaced: open the segment again")
+        del self._segments[segment.id], self._by_name[segment.name]
+        self._replaced[segment.id] = segment.name
+        self._submitter.set_segments()
 
     def submit(
         self, requests: Requests, timeout: float | None = None, done_at: npt.NDArray[np.int64] | None = None

@@ -8,7 +8,7 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from mooncake_hpc.core.errors import AddressRejected, ConfigError
+from mooncake_hpc.core.errors import AddressRejected, ConfigError, PeerLost
 from mooncake_hpc.core.request import WRITE
 from mooncake_hpc.engine import slice_kernels as slicer
 from mooncake_hpc.engine.arena import SPARE, Arena
@@ -29,12 +29,14 @@ class Slicing:
         self.parts: list[Part] = []
         self.held: list[npt.NDArray[np.int64]] = []  # the parts' slices
 
-    def run(self, segments: Mapping[int, Segment]) -> None:
+    def run(self, segments: Mapping[int, Segment], replaced: Mapping[int, str]) -> None:
         """Make the parts. Raises AddressRejected, ConfigError, PeerLost, MetadataError."""
         slicer.reset(self._arena.address, self._count)
         targets = self._arena.requests["target_id"][: self._count]
         for target in np.unique(targets).tolist():
             segment = segments.get(target)
+            if segment is None and target in replaced:
+                raise PeerLost(f"the process of segment {replaced[target]!r} was replaced: open the segment again")
             if segment is None:
                 raise ConfigError(f"no segment has the id {target}: use that of a Segment that open_segment() returned")
             if not self._add(target, segment):

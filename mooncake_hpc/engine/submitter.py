@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from mooncake_hpc.transports.base import Registration, Tables
 from mooncake_hpc.transports.queue import Lane
 
 Times = npt.NDArray[np.int64]  # one a request
+Lanes = list[Lane | None]
 LONGEST = 1e9  # seconds
 TARGET_MASK = (1 << slicer.TARGET_BITS) - 1
 WORD, QUEUED, STARTED = layout.WORD // 8, layout.QUEUED // 8, layout.STARTED // 8
@@ -68,14 +69,16 @@ def record_of(latencies: Times, rows: Times | None, count: int) -> Record:
 class Submitter:
     """One an engine; thread-safe. The usual case, one peer by one lane, is a single native call."""
 
-    def __init__(self, segments: Mapping[int, Segment], patience: float) -> None:
-        """`segments` stays the engine's; `patience` in seconds is for callers that name no timeout."""
-        self._segments, self._patience = segments, patience
+    def __init__(self, segments: Mapping[int, Segment], replaced: Mapping[int, str], patience: float) -> None:
+        """`segments` by id, and the names of `replaced` ones, stay the engine's; `patience` in seconds is for callers
+        that name no timeout."""
+        self._segments, self._replaced, self._patience = segments, replaced, patience
         self._arenas = ArenaPool()
         self._block = np.zeros(slicer.ENGINE_WORDS, np.int64)  # for `slicer.submit`
         self._address = int(self._block.ctypes.data)
         self._routes = np.zeros(0, np.int64)
-        self._lanes: list[Lane] = []  # by target id the first lane of the first route
+        # By target id the first lane of the first route. A new list for each change: who holds one keeps its lanes.
+        self._lanes: Lanes = []
         self._tables: Tables | None = None
         self._held: tuple[Registration, ...] = ()
         self._closed = False
@@ -85,10 +88,13 @@ class Submitter:
         self._block[:2] = tables.pair
         self._tables, self._held = tables, registrations
 
-    def set_segments(self, segments: Sequence[Segment]) -> None:
-        """All opened segments, by id."""
-        self._lanes = [segment.routes[0].lanes[0] for segment in segments]
-        routes = np.array([segment.routes[0].address for segment in segments], np.int64)
+    def set_segments(self) -> None:
+        """Take over which segments are open and which were replaced."""
+        count = len(self._segments) + len(self._replaced)
+        found = [self._segments.get(number) for number in range(count)]
+        lanes = [segment.routes[0].lanes[0] if segment is not None else None for segment in found]
+        routes = np.array([segment.routes[0].address if segment is not None else 0 for segment in found], np.int64)
+        self._lanes = lanes
         self._block[slicer.SEGMENTS // 8] = routes.ctypes.data
         self._block[slicer.SEGMENT_COUNT // 8] = len(routes)
         self._routes = routes
@@ -99,13 +105,13 @@ class Submitter:
 
     def submit(self, requests: Requests, timeout: float | None, done_at: Times | None) -> Batch:
         """As `TransferEngine.submit`."""
-        arena, held = self._take(requests, done_at), (self._held, done_at)
+        arena, held, lanes = self._take(requests, done_at), (self._held, done_at), self._lanes
         try:
             number = slicer.submit(arena.address, arena.count, self._address)
             if number > 0:
-                return self._batch(arena, number, held)
+                return self._batch(arena, number, held, lanes)
         except BaseException:  # Ctrl-C, and nobody has the batch
-            self._cancel(arena, held)
+            self._cancel(arena, held, lanes)
             raise
         return self._submit_slowly(arena, self._patience if timeout is None else timeout, held)
 
@@ -132,6 +138,7 @@ class Submitter:
         """As `slicer.repeat`, for NATIVE_CALL at most, and the last one to its end. A batch that ends natively never
         becomes an object."""
         arena, held, begin = self._take(requests, done_at), (self._held, done_at, record), time.monotonic_ns()
+        lanes = self._lanes  # held as long as the native call, which lets go of the GIL, may look at one
         patience = int((self._patience if timeout is None else timeout) * 1e9)
         call = NATIVE_CALL if patience > NATIVE_CALL else patience
         until = begin + NATIVE_CALL if until > begin + NATIVE_CALL else until
@@ -143,9 +150,9 @@ class Submitter:
                 )
             )  # fmt: skip
             queued, started, timed = arena.words[QUEUED], arena.words[STARTED], arena.words[DONE_AT] != 0
-            batch = self._batch(arena, queued, held) if queued > 0 else None
+            batch = self._batch(arena, queued, held, lanes) if queued > 0 else None
         except BaseException:  # Ctrl-C, and nobody has the batch
-            self._cancel(arena, held)
+            self._cancel(arena, held, lanes)
             raise
         if not queued:
             self._arenas.give(arena)
@@ -173,9 +180,11 @@ class Submitter:
             raise ConfigError("a transfer takes a one-dimensional array of dtype mooncake_hpc.REQUEST")
         return self._arenas.take(requests, done_at)
 
-    def _batch(self, arena: Arena, number: int, held: object) -> Batch:
-        """The batch of what `slicer.submit` has queued. It holds the registrations, so that memory outlives it."""
-        lane = self._lanes[number & TARGET_MASK]
+    def _batch(self, arena: Arena, number: int, held: object, lanes: Lanes) -> Batch:
+        """The batch of what `slicer.submit` has queued, by the lanes of before. It holds the registrations, so that
+        memory outlives it."""
+        lane = lanes[number & TARGET_MASK]
+        assert lane is not None  # the kernel takes nothing for a segment that was replaced
         batch = Batch(arena, self._arenas, [lane], held)
         lane.keep(number >> slicer.TARGET_BITS, batch)
         return batch
@@ -184,18 +193,18 @@ class Submitter:
         if self._closed:
             raise PeerLost("this engine is closed")
         slicing = Slicing(arena, self._address)
-        slicing.run(self._segments)
+        slicing.run(self._segments, self._replaced)
         batch = Batch(arena, self._arenas, [], (held, slicing.held))
         batch.start(slicing.parts, time.monotonic() + limit)
         return batch
 
-    def _cancel(self, arena: Arena, held: object) -> None:
+    def _cancel(self, arena: Arena, held: object, lanes: Lanes) -> None:
         """Cancel what `slicer.submit` may have queued. The arena is not used again: others may have seen it."""
         words, target = arena.words, int(arena.requests["target_id"][0])
         queued = words[layout.REMAINING // 8] != 0 or words[WORD] & 1
-        if not queued or not 0 <= target < len(self._lanes):
+        lane = lanes[target] if queued and 0 <= target < len(lanes) else None
+        if lane is None:
             return
-        lane = self._lanes[target]
         batch = Batch(arena, ArenaPool(), [lane], held)
         lane.keep(lane.queued, batch)
         batch.cancel()
