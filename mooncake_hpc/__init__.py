@@ -5,6 +5,7 @@ Importing this loads the standard library and numpy; the names below load what t
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from mooncake_hpc.core import errors
@@ -45,6 +46,8 @@ __all__ = [
     "WorkerPool",
     "errors",
 ]
+# `from mooncake_hpc.errors import …` is public, wherever the module is kept
+sys.modules[f"{__name__}.errors"] = errors
 __version__ = "0.1.0"
 
 

@@ -27,3 +27,10 @@ def test_the_tree_in_the_docstring_is_complete() -> None:
         if isinstance(kind, type) and kind.__module__ == errors.__name__
     }
     assert drawn() == real
+
+
+def test_errors_are_imported_by_their_public_name() -> None:
+    import mooncake_hpc
+    from mooncake_hpc.errors import PeerLost  # type: ignore[import-not-found]
+
+    assert PeerLost is mooncake_hpc.errors.PeerLost is errors.PeerLost
