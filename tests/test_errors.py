@@ -30,7 +30,8 @@ def test_the_tree_in_the_docstring_is_complete() -> None:
 
 
 def test_errors_are_imported_by_their_public_name() -> None:
-    import mooncake_hpc
     from mooncake_hpc.errors import PeerLost  # type: ignore[import-not-found]
+
+    import mooncake_hpc
 
     assert PeerLost is mooncake_hpc.errors.PeerLost is errors.PeerLost
