@@ -173,12 +173,12 @@ def test_a_silent_address_leaves_time_for_the_next(monkeypatch: pytest.MonkeyPat
             client.setblocking(False)
             client.connect_ex(silent.getsockname())
         names = [entry(silent.getsockname()), entry(answering.getsockname())]
-        monkeypatch.setattr(address, "resolve", lambda *_: names)
+        monkeypatch.setattr(address, "resolve", lambda *_, **__: names)
         with address.dial("two", 1, time.monotonic() + 1) as connection:
             assert connection.getpeername() == answering.getsockname()
-        monkeypatch.setattr(address, "resolve", lambda *_: names[:1])
+        monkeypatch.setattr(address, "resolve", lambda *_, **__: names[:1])
         with pytest.raises(TimeoutError):
             address.dial("silent", 1, time.monotonic() + 0.2)
-        monkeypatch.setattr(address, "resolve", lambda *_: [])
+        monkeypatch.setattr(address, "resolve", lambda *_, **__: [])
         with pytest.raises(OSError, match="'none' has no address"):
             address.dial("none", 1, time.monotonic() + 1)

@@ -13,6 +13,8 @@ import pytest
 from conftest import ROOT, Start, clean_env
 from test_cli import SMALL
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [sys.executable, "-P", "-m", "mooncake_hpc"]
 EXCHANGE = """
 import sys
@@ -27,8 +29,6 @@ print("works")
 SHOW_FOLDER = "from mooncake_hpc.native.cache_folder import kernel_folder; print(kernel_folder())"
 SET_HOST_NAME = """
 import ctypes, os, sys
-
-pytestmark = pytest.mark.slow
 libc, name = ctypes.CDLL(None, use_errno=True), os.fsencode(sys.argv[1])
 if libc.unshare(0x04000000) or libc.sethostname(name, len(name)):  # CLONE_NEWUTS
     sys.exit(os.strerror(ctypes.get_errno()))

@@ -15,13 +15,13 @@ from test_cli import QUICK, SMALL, target
 from mooncake_hpc.__main__ import COMMANDS
 from mooncake_hpc.cli.streams import OUTPUT_LOST
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [sys.executable, "-P", "-m", "mooncake_hpc"]
 SIGNS = "µ×█…→≥ü\udcff"
 ALL_HELP = f"""
 from mooncake_hpc.__main__ import main
 from mooncake_hpc.cli import streams
-
-pytestmark = pytest.mark.slow
 assert not any([main(["--help"]), *(main([name, "--help"]) for name in {sorted(COMMANDS)})])
 with streams.guarded():
     print({SIGNS!a})
