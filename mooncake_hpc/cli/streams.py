@@ -117,8 +117,8 @@ def _wrap(fd: int, stream: TextIO | None, lost: OSError | None) -> tuple[_Output
         io.BufferedWriter(raw),  # type: ignore[type-var]
         encoding=like.encoding if like else "utf-8",
         errors=ERRORS,
-        line_buffering=like.line_buffering if like else True,
-        write_through=like.write_through if like else False,
+        # an unbuffered stream writes each line at once, too: lines of both streams keep their order
+        line_buffering=like.line_buffering or like.write_through if like else True,
     )
 
 

@@ -251,7 +251,8 @@ def _run(etcd: str, plan: list[dict[str, Any]], at_once: int, turns: int) -> lis
             try:
                 line = json.dumps(Run(Trial(**values), etcd).run())
                 fcntl.lockf(turns, fcntl.LOCK_EX)  # a pipe takes so long a line in parts, with others' between them
-                print(line, flush=True)
+                sys.stdout.write(f"{line}\n")
+                sys.stdout.flush()
                 code = 0
             except BaseException:
                 traceback.print_exc()

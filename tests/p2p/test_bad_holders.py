@@ -137,6 +137,9 @@ def test_a_stopped_holder_on_this_host(etcd: str) -> None:
             assert np.array_equal(replica.arrays[0], content(SHARDS * SHARD))
         assert seconds < WITHIN_S
     finally:
-        for holder in holders:
-            holder.kill()
-            holder.communicate(timeout=10)
+        for holder in holders:  # they end by themselves, so that none of their keys is left
+            holder.send_signal(signal.SIGCONT)
+            try:
+                holder.communicate(timeout=30)
+            finally:
+                holder.kill()

@@ -19,6 +19,7 @@ from mooncake_hpc.metadata.embedded import EmbeddedEtcd
 from mooncake_hpc.metadata.store import open_store
 
 PROGRAM = str(Path(__file__).with_name("fanouts.py"))
+RESULT = '{"name": '  # how a result begins
 pytestmark = pytest.mark.slow
 
 
@@ -27,7 +28,8 @@ def run(start: Start, etcd: str, trials: list[Trial], at_once: int = 1) -> list[
     plan = json.dumps([asdict(trial) for trial in trials])
     program = start(sys.executable, PROGRAM, etcd, plan, str(at_once), env=clean_env())
     output, _ = program.communicate(timeout=150)
-    results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    # what others say on standard error may stand before a result on its line
+    results = [json.loads(line[line.index(RESULT) :]) for line in output.splitlines() if RESULT in line]
     assert program.returncode == 0 and len(results) == len(trials), output[-4000:]
     deadline = time.monotonic() + 4 * TTL + 10
     with open_store(etcd) as store:
