@@ -69,7 +69,7 @@ def parts(fast: bool, mpirun: str, openmpi: str, pythons: list[str], extra: list
         fuzz = [python, *pytest, "--durations=8", "tests/fuzz", "tests/soak", "--junitxml", str(OUT / "fuzz" / "r.xml")]
         result.append(Part("fuzz", [fuzz], 600))
         slurm = [python, *pytest, "--durations=8", "tests/slurm", "--junitxml", str(OUT / "slurm" / "r.xml")]
-        result.append(Part("slurm", [slurm], 600))
+        result.append(Part("slurm", [slurm], 900))
     for ranks in (2,) if fast else (1, 2, 4):
         result.append(mpi_part(f"mpi{ranks}", ranks, python, mpirun, fast, extra))
     if not fast:
