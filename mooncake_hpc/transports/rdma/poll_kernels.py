@@ -338,6 +338,7 @@ def _give_up(lane):
 
 
 KERNELS = (
+    lead,  # first: it is this transport's alone, and so tells whether all are compiled (`compile_ahead`)
     count_pieces,
     cut_anew,
     count_splits,
@@ -348,5 +349,4 @@ KERNELS = (
     take_back,
     fail_queue,
     drop_cancelled,
-    lead,
 )  # what Python calls
