@@ -83,8 +83,8 @@ class Entry:
 def compile_ahead(first: Any, *others: Any) -> None:
     """Have kernels of int64 arguments compiled before any deadline runs: on a busy machine that takes a minute.
 
-    What is in the cache already is left to be loaded when it is first called; `first`, which nobody else may share, stands
-    for all.
+    What is in the cache already is left to be loaded when it is first called; `first`, which no other list may hold,
+    stands for all.
     """
     begin = time.monotonic()
     if not _compile_one(first):
